@@ -1,0 +1,57 @@
+# `make demo` and `make test` work in a fresh clone: they create .venv, install torch, build and run.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+# Backends that must be usable: the tests fail, rather than skip, without them.
+export TRM_FAST_EXPECT ?= cpp,triton
+
+BIN := .venv/bin
+# One stamp per torch, so that another TORCH is installed when it is asked for.
+INSTALLED := .venv/installed-$(subst /,_,$(TORCH))
+INSTALLED_BENCH := $(INSTALLED)-bench
+PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check "$(TORCH)"
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
+
+# The compile step finds ninja there.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test bench lint build clean
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile
+
+demo: build ## train on real data and show the result, in runs/demo
+	$(BIN)/trm-fast train grokking --out runs/demo
+
+test: lint build ## check style and types, then run the whole test suite
+	$(BIN)/pytest
+
+bench: build $(INSTALLED_BENCH) ## compare speed with torch and other packages
+	$(BIN)/pytest bench
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
+
+build: $(INSTALLED) ## compile what has changed, next to the Python files
+	$(BIN)/python setup.py -q build_ext --inplace
+
+clean: ## remove what the build made; .venv and runs stay
+	rm -rf build dist *.egg-info trm_fast/*.so
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch is named in every install, so that pip never replaces it. The Triton tests need no GPU, but
+# only a CUDA torch brings Triton. The switches are off because `build` does the compiling.
+$(INSTALLED): pyproject.toml | .venv/bin/python
+	rm -f .venv/installed-*
+	$(PIP_INSTALL) "setuptools>=77" ninja "pybind11>=2.13"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP_INSTALL) "$(TRITON); sys_platform == 'linux'"
+	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e ".[dev,train,report]"
+	touch $@
+
+$(INSTALLED_BENCH): $(INSTALLED)
+	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e ".[bench]"
+	touch $@

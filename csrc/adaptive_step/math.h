@@ -1,0 +1,46 @@
+// Scalar functions that the CPU and the CUDA step share.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE inline
+#endif
+
+namespace adaptive_step {
+
+// A 32-bit mixing function (constants: C. Wellons, hash-prospector, "lowbias32").
+HOST_DEVICE uint32_t mix(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x7feb352du;
+  h = (h ^ (h >> 15)) * 0x846ca68bu;
+  return h ^ (h >> 16);
+}
+
+// Key of the random bits of elements [high * 2^32, (high + 1) * 2^32) at one step; odd lanes serve the second pair.
+HOST_DEVICE uint32_t random_key(uint32_t step, uint32_t high, uint32_t lane) {
+  return mix(step + 0x9e3779b9u * (2 * high + lane));
+}
+
+// atan2(y, x) for x >= 0 within 4 ulp: a minimax polynomial in r^2 on [0, 1] (relative error 1.5e-8), reflected above.
+HOST_DEVICE float atan2_right(float y, float x) {
+  const float tall = std::fabs(y);
+  const float small = tall < x ? tall : x, large = tall < x ? x : tall;
+  const float r = large > 0 ? small / large : 0.0f;
+  const float z = r * r;
+  float sum = 0.002849886892f;
+  sum = sum * z - 0.01606861502f;
+  sum = sum * z + 0.04269149154f;
+  sum = sum * z - 0.07504291832f;
+  sum = sum * z + 0.1064093262f;
+  sum = sum * z - 0.1420364380f;
+  sum = sum * z + 0.1999261975f;
+  sum = sum * z - 0.3333307207f;
+  sum = sum * z * r + r;
+  const float angle = tall > x ? 1.57079633f - sum : sum;
+  return y < 0 ? -angle : angle;
+}
+
+}  // namespace adaptive_step

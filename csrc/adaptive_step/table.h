@@ -1,0 +1,42 @@
+// What Python hands to the native step: one row of pointers per tensor, and the settings of the call.
+// The meaning is in trm_fast/ops/adaptive_step.py; the order of the columns is COLUMNS there.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace adaptive_step {
+
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Rule : int64_t { kAdamW = 0, kAdam = 1, kATan2 = 2 };
+enum Filter : int64_t { kNone = 0, kEma = 1, kHighpass = 2 };
+
+// Addresses are 0 where the call has no such state.
+struct Row {
+  int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, step, grok_step;
+  int64_t size;
+  int64_t param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, grok_exp_avg_dtype, weight_ema_dtype;
+};
+constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
+
+struct Settings {
+  Rule rule;
+  Filter filter;
+  double lr, beta1, beta2, eps, weight_decay, alpha, lamb;
+  int64_t after_step;
+  bool maximize;
+  double weight_ema;
+};
+
+// Scalars that live in memory, float32, because the host must not wait for them; null where absent.
+struct Pointers {
+  const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
+};
+
+inline const float* address(const std::optional<torch::stable::Tensor>& scalar) {
+  return scalar ? scalar->const_data_ptr<float>() : nullptr;
+}
+
+}  // namespace adaptive_step

@@ -1,0 +1,11 @@
+#include <torch/csrc/stable/library.h>
+
+#include "common/revision.h"
+
+namespace {
+int64_t cuda_revision() { return trm_fast::kRevision; }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(trm_fast, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_revision", TORCH_BOX(&cuda_revision));
+}

@@ -1,0 +1,221 @@
+"""What the checks of torch's own optimizer suite are run over: inputs, gradients, comparisons.
+
+The checks follow pytorch/pytorch `test/test_optim.py` (TestOptimRenewed) and `test/optim/`; the
+inputs are those of `torch/testing/_internal/common_optimizers.py`, a part of the torch wheel.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.testing._internal.common_optimizers import (
+    OptimizerInfo,
+    OptimizerInput,
+    _get_optim_inputs_including_global_cliquey_kwargs,
+    optim_db,
+    optim_error_inputs_func_adamw,
+    optim_inputs_func_adam,
+    optim_inputs_func_adamw,
+)
+
+from trm_fast import BackendError
+from trm_fast.optim import GrokFastAdamW
+
+Options = dict[str, Any]
+
+FILTERS: dict[str, Options] = {
+    "lamb0": {"lamb": 0.0},
+    "ema": {"lamb": 2.0},
+    "highpass": {"lamb": 2.0, "filter": "highpass"},
+}
+# Ways of asking for an implementation; the first is the meaning that the others are compared with.
+IMPLEMENTATIONS: dict[str, Options] = {
+    "reference": {"backend": "reference"},
+    "default": {},
+    "cpp": {"backend": "cpp"},
+    "forloop": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _torch_inputs(device: str, dtype: torch.dtype | None) -> Iterable[tuple[str, Options]]:
+    """torch's inputs for AdamW, and for Adam with its own default of no weight decay."""
+    for optim_input in optim_inputs_func_adamw(device, dtype):
+        yield f"adamw {optim_input.desc}", optim_input.kwargs
+    for optim_input in optim_inputs_func_adam(device, dtype):
+        adam = {"decoupled_weight_decay": False, "weight_decay": 0.0}
+        yield f"adam {optim_input.desc}", adam | optim_input.kwargs
+
+
+def _inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    cases = [
+        (desc, {key: value for key, value in kwargs.items() if key != "amsgrad"})
+        for desc, kwargs in _torch_inputs(device, dtype)
+        if not kwargs.get("amsgrad")
+    ]
+    return [
+        OptimizerInput(params=None, kwargs=deepcopy(kwargs) | options, desc=f"{desc}, {name}")
+        for (desc, kwargs), (name, options) in itertools.product(cases, FILTERS.items())
+    ]
+
+
+_TORCH = [info for info in optim_db if info.optim_cls in (torch.optim.Adam, torch.optim.AdamW)]
+INFO = OptimizerInfo(
+    GrokFastAdamW,
+    optim_inputs_func=_inputs,
+    optim_error_inputs_func=optim_error_inputs_func_adamw,
+    scheduler_inputs=tuple(itertools.chain(*(info.scheduler_inputs for info in _TORCH))),
+    supported_impls=("foreach", "differentiable", "fused"),
+    not_og_supported_flags=_TORCH[0].not_og_supported_flags,
+    supports_fused_on=("cpu", "cuda"),
+    has_capturable_arg=True,
+)
+
+
+def _parametrize(inputs: Sequence[OptimizerInput]) -> pytest.MarkDecorator:
+    cases = [pytest.param(case.kwargs, id=case.desc.replace(" ", "_")) for case in inputs]
+    return pytest.mark.parametrize("kwargs", cases)
+
+
+with_flags = partial(_get_optim_inputs_including_global_cliquey_kwargs, "cpu", None, INFO)
+each_input = _parametrize(_inputs("cpu"))
+# torch's suite leaves `differentiable` out where a step would have to write to a leaf.
+each_input_and_flag = _parametrize(with_flags(skip=("differentiable",)))
+each_input_and_any_flag = _parametrize(with_flags())
+each_filter = pytest.mark.parametrize("kwargs", FILTERS.values(), ids=FILTERS)
+each_implementation = pytest.mark.parametrize(
+    "implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS
+)
+# The flags of which torch's suite takes one at a time.
+each_flag = pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"lamb": 0.0}, {"foreach": True}, {"fused": True}, {"differentiable": True}],
+    ids=["ema", "lamb0", "foreach", "fused", "differentiable"],
+)
+each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
+
+
+@cache
+def _why_not(device: str, choice: frozenset[tuple[str, Any]]) -> str | None:
+    """Why a step on `device` cannot run with this choice of implementation, if it cannot."""
+    param = Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones(3, device=device)
+    try:
+        GrokFastAdamW([param], **dict(choice)).step()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def _tensors(params: Any) -> Iterable[Tensor]:
+    """The tensors in any form in which an optimizer takes its parameters."""
+    if isinstance(params, Tensor):
+        yield params
+    elif isinstance(params, Mapping):
+        yield from _tensors(params["params"])
+    elif not isinstance(params, str):
+        for item in params:
+            yield from _tensors(item)
+
+
+def build(params: Any, **kwargs: Any) -> GrokFastAdamW:
+    """An optimizer, or a skip with the reason why the implementation asked for is not here."""
+    choice = {key: kwargs[key] for key in ("backend", "fused", "foreach") if kwargs.get(key)}
+    device = "cuda" if any(tensor.is_cuda for tensor in _tensors(params)) else "cpu"
+    if choice and (reason := _why_not(device, frozenset(choice.items()))):
+        named = {kwargs.get("backend"), "cpp" if kwargs.get("fused") else None}
+        expected = named & set(os.environ.get("TRM_FAST_EXPECT", "").split(","))
+        (pytest.fail if expected else pytest.skip)(reason)
+    return GrokFastAdamW(params, **kwargs)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
+    """A matrix, a vector, a strided view, a permuted tensor, a scalar and an empty tensor."""
+    return [
+        Parameter(randn(10, 5, seed=seed).to(dtype)),
+        Parameter(randn(67, seed=seed + 1).to(dtype)),
+        Parameter(randn(7, 4, 2, seed=seed + 2).to(dtype)[..., 0]),
+        Parameter(randn(3, 8, seed=seed + 3).to(dtype).t()),
+        Parameter(randn(seed=seed + 4).to(dtype)),
+        Parameter(randn(0, seed=seed + 5).to(dtype)),
+    ]
+
+
+def make_grads(params: Sequence[Tensor], steps: int, seed: int = 100) -> list[list[Tensor]]:
+    """A gradient for each step and parameter, in the parameter's own layout."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(param: Tensor) -> Tensor:
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+    return [[one(param) for param in params] for _ in range(steps)]
+
+
+def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = None if grad is None else grad.clone()
+
+
+def train(optimizer: torch.optim.Optimizer, grads: Iterable[Sequence[Tensor | None]]) -> None:
+    """One step for each row of `grads`."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for row in grads:
+        set_grads(params, row)
+        optimizer.step()
+
+
+def clone_params(params: Iterable[Tensor]) -> list[Parameter]:
+    return [Parameter(param.detach().clone(), param.requires_grad) for param in params]
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """Copies of every parameter, its gradient and its state."""
+    rows = []
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        tensors = {"param": param, "grad": param.grad, **optimizer.state.get(param, {})}
+        rows.append({k: v.detach().clone() for k, v in tensors.items() if v is not None})
+    return rows
+
+
+def without_grads(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [{key: value for key, value in row.items() if key != "grad"} for row in rows]
+
+
+def assert_same(actual: Any, expected: Any, where: str = "") -> None:
+    """Equality of nested values; tensors in dtype, shape and every value."""
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor), f"{where}: {type(actual)}"
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), where
+        assert torch.equal(actual, expected), f"{where}: {actual} is not {expected}"
+    elif isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_same(actual[key], expected[key], f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for index, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_same(*pair, f"{where}[{index}]")
+    else:
+        assert actual == expected, f"{where}: {actual!r} is not {expected!r}"
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float, what: str) -> None:
+    """|actual - expected| <= bound, element by element."""
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    assert (error <= bound).all(), f"{what}: worst error {error.max():.3g} over its bound"

@@ -1,0 +1,252 @@
+"""Decides which implementation of an op runs, and says why another one does not.
+
+Every op has up to four implementations, named ``reference``, ``cpp``, ``cuda`` and ``triton``. Unnamed choice: the first
+usable one in ``ORDER``, silently. Named choice (``TRM_FAST_BACKEND``, ``use_backend`` or a ``backend`` argument): that one
+or a ``BackendError``. ``TRM_FAST_STRICT=1`` turns every silent fallback into an error.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from trm_fast import _native
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+# Fastest first. No GPU measurement has decided between cuda and triton yet.
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+
+OPS: dict[str, "Op"] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend was named that cannot run the call, or strict mode met a fallback."""
+
+
+def check_name(name: str, argument: str = "backend") -> str:
+    """Returns ``name`` if it is a backend.
+
+    Raises:
+        BackendError: it is not one; the message names the closest one.
+    """
+    if name in BACKENDS:
+        return name
+    near = get_close_matches(str(name), BACKENDS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise BackendError(f"{argument} must be one of {', '.join(BACKENDS)}; got {name!r}{hint}")
+
+
+def _named_in_environment() -> str | None:
+    name = os.environ.get("TRM_FAST_BACKEND")
+    return check_name(name, "TRM_FAST_BACKEND") if name else None
+
+
+_named: str | None = _named_in_environment()
+_strict: bool = os.environ.get("TRM_FAST_STRICT", "0") == "1"
+
+
+class use_backend:  # noqa: N801 (a context manager, read as a function)
+    """Names the backend of every op in the process, for the length of a ``with`` block.
+
+    Args:
+        name: "reference", "cpp", "cuda" or "triton"; None returns the choice to the order of preference.
+
+    Raises:
+        BackendError: ``name`` is not a backend, or, inside the block, a call cannot run on it.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._name = None if name is None else check_name(name)
+        self._outer: list[str | None] = []
+
+    def __enter__(self) -> None:
+        global _named
+        self._outer.append(_named)
+        _named = self._name
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _named
+        _named = self._outer.pop()
+
+
+def named_backend() -> str | None:
+    """Returns the backend that is named for the whole process, or None."""
+    return _named
+
+
+@cache
+def _triton_unusable(device_type: str) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device_type != "cuda":
+        return "needs a CUDA tensor, or TRITON_INTERPRET=1 set before the first import of triton"
+    return _gpu_unusable()
+
+
+@cache
+def _gpu_unusable() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU; this torch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0 or higher; got {major}.{minor}"
+
+
+def unusable(backend: str, device_type: str) -> str | None:
+    """Returns why ``backend`` can run nothing on devices of ``device_type``, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_unusable(device_type)
+    if backend == "cpp" and device_type != "cpu":
+        return f"runs on CPU tensors only; got {device_type}"
+    if backend == "cuda" and device_type != "cuda":
+        return f"runs on CUDA tensors only; got {device_type}"
+    return _native.unusable(backend)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, and the reasons against those preferred to it."""
+
+    backend: str
+    run: Callable[..., None]
+    skipped: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an op for ``doctor``, ``explain`` and the tests.
+
+    ``run(backend)`` works on fresh copies of the same inputs and returns the named results; ``truth()`` is the same
+    in float64; ``tolerance`` bounds the difference of each result, relative to the largest value of its truth.
+    """
+
+    run: Callable[[str], dict[str, torch.Tensor]]
+    truth: Callable[[], dict[str, torch.Tensor]]
+    tolerance: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One op: its name, its implementations and the calls that they refuse.
+
+    Args:
+        name: the word under which the op is found in every tree.
+        implementations: backend to function, or to "module:function", which is imported on first use.
+        refuses: ``(backend, dtypes)`` to the reason why the backend cannot run a call with them, or None.
+        examples: ``(shape, dtype, device)`` to named ``Example`` calls.
+        order: device type to backends, fastest first.
+    """
+
+    name: str
+    implementations: Mapping[str, Any]
+    refuses: Callable[[str, frozenset[torch.dtype]], str | None]
+    examples: Callable[[tuple[int, ...], torch.dtype, torch.device], dict[str, Example]]
+    order: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDER)
+    choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def reason(self, backend: str, device_type: str, dtypes: frozenset[torch.dtype]) -> str | None:
+        """Returns why ``backend`` cannot run a call on this device with these dtypes, or None if it can."""
+        if backend not in self.implementations:
+            return f"{self.name} has no {backend} implementation"
+        return unusable(backend, device_type) or self.refuses(backend, dtypes)
+
+    def choose(
+        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None = None
+    ) -> Choice:
+        """Returns the implementation for a call; ``named`` binds, else the process-wide name does.
+
+        Raises:
+            BackendError: the named backend cannot run the call, or strict mode met a fallback.
+        """
+        key = (device_type, dtypes, named or _named)
+        if key not in self.choices:
+            self.choices[key] = self._choose(*key)
+        return self.choices[key]
+
+    def _choose(
+        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None
+    ) -> Choice:
+        if named is not None:
+            reason = self.reason(check_name(named), device_type, dtypes)
+            if reason:
+                raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
+            return Choice(named, self._function(named), ())
+        skipped: list[tuple[str, str]] = []
+        for backend in self.order.get(device_type, ("reference",)):
+            reason = self.reason(backend, device_type, dtypes)
+            if reason is None:
+                return Choice(backend, self._function(backend), tuple(skipped))
+            skipped.append((backend, reason))
+            if _strict:
+                raise BackendError(f"{self.name}: TRM_FAST_STRICT=1 and {backend} cannot run: {reason}")
+        raise BackendError(f"{self.name}: no implementation runs on {device_type}: {skipped}")
+
+    def _function(self, backend: str) -> Callable[..., None]:
+        function = self.implementations[backend]
+        if isinstance(function, str):
+            module, _, attribute = function.partition(":")
+            function = getattr(import_module(module), attribute)
+        return function  # type: ignore[no-any-return]
+
+
+def backends() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot run.
+
+    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Fallbacks that happened in this
+    process stand under the key "fallbacks" of their op, as call to reason.
+    """
+    import trm_fast.ops  # noqa: F401 (registers every op)
+
+    table: dict[str, dict[str, dict[str, str]]] = {}
+    for op in OPS.values():
+        table[op.name] = {device: _states(op, device) for device in op.order}
+        fallbacks = _fallbacks(op)
+        if fallbacks:
+            table[op.name]["fallbacks"] = fallbacks
+    return table
+
+
+def _states(op: Op, device_type: str) -> dict[str, str]:
+    dtypes = frozenset({torch.float32})
+    listed = [*op.order[device_type], *(b for b in BACKENDS if b not in op.order[device_type])]
+    states = {b: op.reason(b, device_type, dtypes) or "usable" for b in listed}
+    usable = [b for b in op.order[device_type] if states[b] == "usable"]
+    if _named is not None:
+        usable = [_named] if states[_named] == "usable" else []
+    if usable:
+        states[usable[0]] = "chosen"
+    return states
+
+
+def _fallbacks(op: Op) -> dict[str, str]:
+    found = {}
+    for (device_type, dtypes, _), choice in op.choices.items():
+        if choice.skipped:
+            kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
+            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.skipped)
+            found[f"{device_type} {kinds} ran on {choice.backend}"] = reasons
+    return found

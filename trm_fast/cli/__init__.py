@@ -1,0 +1,110 @@
+"""The command line ``trm-fast``: one module per command, imported only when the command is used.
+
+Exit codes: 0 done; 1 a check or a training failed; 2 wrong usage, settings or data; 130
+interrupted.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from trm_fast._version import __version__
+
+# The first sentences of the commands stand here so that `trm-fast --help` imports no torch.
+COMMANDS = {
+    "info": "Shows versions, native libraries and which implementation of each op would run, "
+    "or why not.",
+    "explain": "Shows the choice for one call of an op, with measured time and error.",
+    "doctor": "Runs every op on every usable backend against its float64 reference.",
+    "train": "Trains one of the recipes.",
+}
+
+# What the extras [train] and [report] bring; trm_fast itself needs none of it.
+_EXTRAS = ("rich", "jsonargparse", "yaml", "matplotlib")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage as a ValueError, so that it becomes one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        command = self.prog.partition(" ")[2]
+        raise ValueError(f"{command}: {message}" if command else message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command of ``trm-fast``.
+
+    Errors of the user become one line on stderr; anything else is a fault of the package and keeps
+    its traceback.
+
+    Args:
+        argv: arguments without the program's name; those of the process if not given.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # how argparse ends --help and --version
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except FloatingPointError as error:
+        return _fail(str(error), 1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        return _fail(f'{missing} is not installed: pip install "trm_fast[train,report]"', 2)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(str(error), 2)
+    except RuntimeError as error:
+        if not _is_backend_error(error):
+            raise
+        return _fail(str(error), 2)
+
+
+def _run(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="trm-fast",
+        description="Fast training of tiny recursive models.",
+        epilog="trm-fast COMMAND --help says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"trm-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    name = argv[0] if argv else ""
+    for command, help in COMMANDS.items():
+        subparser = commands.add_parser(command, help=help, description=help)
+        if command == name:
+            module = import_module(f"trm_fast.cli.{command}")
+            module.add_arguments(subparser)
+    if not name:
+        parser.print_help(sys.stderr)
+        return 2
+    if name not in COMMANDS and not name.startswith("-"):
+        raise ValueError(f"unknown command {name!r}{suggest(name, COMMANDS)}")
+    args = parser.parse_args(argv)
+    code: int = module.run(args)
+    return code
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns the end of an error about an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(known)}"
+
+
+def _is_backend_error(error: RuntimeError) -> bool:
+    # Whoever raised it has imported torch already, so this costs nothing.
+    from trm_fast._dispatch import BackendError
+
+    return isinstance(error, BackendError)
+
+
+def _fail(message: str, code: int) -> int:
+    print("trm-fast:", " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,343 @@
+"""What every optimizer on ``ops.adaptive_step`` shares: state, the cached step of each group, saving and loading."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from trm_fast._dispatch import check_name
+from trm_fast.ops._tensors import in_order_of, is_dense
+from trm_fast.ops.adaptive_step import STATE_STORAGE, AdaptiveStep, Settings, adaptive_step_
+
+AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
+COUNTERS = ("step", "grok_step")
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+class AdaptiveOptimizer(Optimizer):
+    """Base of the optimizers that differ only in the settings of one ``adaptive_step_`` per parameter group.
+
+    Args:
+        params: parameters, named parameters or groups, as for ``torch.optim``.
+        defaults: options of the groups; "filter", "lamb", "weight_ema", "capturable", "differentiable", "foreach" and
+            "fused" among them.
+        backend: implementation that must run, or None.
+        state_dtype: torch.float32, torch.bfloat16, or a mapping from names of states to these; None means float32.
+    """
+
+    # GradScaler then leaves unscaling and skipping to step(), which needs no host sync for either.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: Group,
+        backend: str | None,
+        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None,
+    ) -> None:
+        self._backend = None if backend is None else check_name(backend)
+        self._state_dtypes = _state_dtypes(type(self).__name__, state_dtype)
+        self._plans: dict[int, _Plan] = {}
+        self._loading: dict[str, Any] | None = None
+        super().__init__(params, defaults)
+
+    def _settings(self, group: Group) -> Settings:
+        """Returns the settings of one step of ``group``; checks its options."""
+        raise TypeError(f"{type(self).__name__} does not say how its options become settings")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group, as ``torch.optim`` does, and creates the state of its trainable parameters.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: an option or a parameter is not supported; no group is added.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._settings(group)
+            for param in group["params"]:
+                _check_param(param, group)
+        except (TypeError, ValueError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        # Not at the first step: checkpoint tools would take one with invented gradients to learn the keys.
+        for param in group["params"]:
+            if param.requires_grad:
+                self._complete_state(param, group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Takes one step in place; gradients are only read.
+
+        Args:
+            closure: evaluates the model, with gradients enabled, and returns the loss.
+
+        Returns:
+            The loss of ``closure``, or None.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or a CUDA graph is captured without ``capturable`` or without gradients.
+            ValueError, TypeError: an option or a tensor was changed to something that cannot be stepped.
+            BackendError: the named backend cannot run the call.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for index, group in enumerate(self.param_groups):
+                self._step_group(index, group)
+        return loss
+
+    def _step_group(self, index: int, group: Group) -> None:
+        params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
+        grads = [param.grad for param in params]
+        settings = self._settings(group)
+        settings.grad_scale = getattr(self, "grad_scale", None)
+        settings.found_inf = getattr(self, "found_inf", None)
+        names = _state_names(group)
+        if torch.compiler.is_compiling():
+            states = [self._complete_state(param, group) for param in params]
+            adaptive_step_(params, grads, *_lists(states), settings=settings, backend=self._backend)
+            return
+        plan = self._plans.get(index)
+        if plan is None or plan.names != names or not plan.holds(params, grads):
+            plan = self._plans[index] = self._make_plan(group, params, grads)
+        plan.step(grads, settings)
+
+    def _make_plan(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> "_Plan":
+        _check_capture(type(self).__name__, group)
+        for param, grad in zip(params, grads, strict=True):
+            _check_grad(type(self).__name__, param, grad)
+        states = [self._complete_state(param, group) for param in params]
+        backend = self._backend
+        if group["differentiable"] or group["fused"] is False:
+            backend = backend or "reference"
+        return _Plan(_state_names(group), params, grads, states, backend)
+
+    def _complete_state(self, param: Tensor, group: Group) -> State:
+        """Creates what the state of ``param`` lacks, and moves it after a parameter that has moved."""
+        state: State = self.state[param]
+        for name in _state_names(group):
+            value = state.get(name)
+            if value is None or (value.is_meta and not param.is_meta):
+                state[name] = self._new_state(name, param)
+            elif value.device != param.device:
+                state[name] = value.to(param.device)
+        return state
+
+    def _new_state(self, name: str, param: Tensor) -> Tensor:
+        if name in COUNTERS:
+            return torch.zeros((), dtype=torch.float32, device=param.device)
+        order = torch.preserve_format if is_dense(param) else torch.contiguous_format
+        new = torch.zeros_like(param, dtype=self._state_dtype(name, param), memory_format=order)
+        new.requires_grad_(False)
+        return new.copy_(param.detach()) if name == "weight_ema" else new
+
+    def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
+        if param.is_complex() or param.dtype == torch.float64:
+            return param.dtype
+        return self._state_dtypes.get(name, torch.float32)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer, of torch's Adam or AdamW, or a converted one of another package.
+
+        Unlike ``torch.optim``, every state keeps its own dtype (float32 states of bfloat16 parameters stay float32), and the
+        tensors are copied. A state that is missing, such as the filter's in a dict of torch's AdamW, starts anew.
+
+        Args:
+            state_dict: the dict; hooks run as in ``torch.optim``.
+
+        Raises:
+            ValueError: groups do not match, or the dict holds something that cannot be continued (amsgrad, another package's
+                layout); the message says what to do. Nothing is loaded then.
+        """
+        # Registered last, so that it sees what the hooks of the user have made of the dict.
+        handle = self.register_load_state_dict_pre_hook(_remember_loaded)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __getstate__(self) -> State:
+        return super().__getstate__() | {"_backend": self._backend, "_state_dtypes": self._state_dtypes}
+
+    def __setstate__(self, state: State) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        self.__dict__.setdefault("_loading", None)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        if self._loading is not None:
+            self._adopt(self._loading)
+
+    def _adopt(self, loaded: dict[str, Any]) -> None:
+        """Replaces what torch has cast to the dtype of the parameters by copies of what was saved."""
+        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        groups = [(param, group) for group in self.param_groups for param in group["params"]]
+        for key, (param, group) in zip(keys, groups, strict=True):
+            saved = loaded["state"].get(key, {})
+            state = self.state[param] if saved or param.requires_grad else {}
+            for name in saved.keys() & {*AVERAGES, *COUNTERS}:
+                state[name] = self._adopted(name, saved[name], param)
+            if state.get("grok_exp_avg") is not None and "grok_step" not in state:
+                state["grok_step"] = state["step"].clone()
+            if state or param.requires_grad:
+                self._complete_state(param, group)
+
+    def _adopted(self, name: str, value: Any, param: Tensor) -> Tensor:
+        if name in COUNTERS:
+            return torch.tensor(float(value), dtype=torch.float32, device=param.device)
+        if value.shape != param.shape:
+            required = f"{tuple(param.shape)} as its parameter"
+            raise ValueError(f"load_state_dict: {name} must be {required}; got {tuple(value.shape)}")
+        copy = value.detach().to(param.device, self._state_dtype(name, param), copy=True)
+        return in_order_of(copy, param)
+
+
+def _state_dtypes(
+    owner: str, given: torch.dtype | Mapping[str, torch.dtype] | None
+) -> dict[str, torch.dtype]:
+    wanted = dict.fromkeys(AVERAGES, given) if isinstance(given, torch.dtype) else dict(given or {})
+    for name, dtype in wanted.items():
+        if name not in AVERAGES:
+            raise ValueError(f"{owner}: state_dtype must name {', '.join(AVERAGES)}; got {name!r}")
+        if dtype not in STATE_STORAGE:
+            raise ValueError(f"{owner}: state_dtype must be torch.float32 or torch.bfloat16; got {dtype}")
+    return wanted
+
+
+def _state_names(group: Group) -> tuple[str, ...]:
+    """Returns the states that ``group`` needs; a lamb that was never other than 0 needs no filter."""
+    lamb = group["lamb"]
+    filtering = group["filter"] is not None and (isinstance(lamb, Tensor) or lamb != 0)
+    averaging = group["weight_ema"] is not None
+    return (
+        "step", "exp_avg", "exp_avg_sq",
+        *(("grok_exp_avg", "grok_step") if filtering else ()),
+        *(("weight_ema",) if averaging else ()),
+    )  # fmt: skip
+
+
+def _lists(states: Sequence[State]) -> list[list[Tensor]]:
+    """Returns the states as ``adaptive_step_`` takes them; one that the first parameter lacks is empty."""
+    order = ("exp_avg", "exp_avg_sq", "step", "grok_exp_avg", "grok_step", "weight_ema")
+    return [[state[name] for state in states] if name in states[0] else [] for name in order]
+
+
+@dataclass(slots=True)
+class _Part:
+    """Parameters that take their step in one call: one device, one arithmetic, the same kinds of state."""
+
+    indices: list[int]
+    step: AdaptiveStep
+
+
+class _Plan:
+    """The step of a group, checked once, as long as the same tensors take it."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        backend: str | None,
+    ) -> None:
+        self.names = names
+        self._params = params
+        self._states = states
+        self._tensors = list(chain.from_iterable(map(dict.values, states)))
+        self._plain = all(type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() for p in params)
+        members: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for index, (param, state) in enumerate(zip(params, states, strict=True)):
+            members[_kind(param, state)].append(index)
+        self._parts = [
+            _Part(indices, self._make_step(indices, grads, backend)) for indices in members.values()
+        ]
+
+    def _make_step(self, indices: list[int], grads: list[Tensor], backend: str | None) -> AdaptiveStep:
+        params, grads = ([_local(tensors[i]) for i in indices] for tensors in (self._params, grads))
+        lists = _lists([self._states[i] for i in indices])
+        return AdaptiveStep(params, grads, *([_local(t) for t in ts] for ts in lists), backend=backend)
+
+    def holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Returns whether the plan is for these parameters and gradients, and no state was replaced since."""
+        return (
+            len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._states)), self._tensors))
+            and all(part.step.fits(self._select(part, params), self._select(part, grads)) for part in self._parts)
+        )
+
+    def step(self, grads: list[Tensor], settings: Settings) -> None:
+        for part in self._parts:
+            part.step(self._select(part, grads), settings)
+
+    def _select(self, part: _Part, tensors: list[Tensor]) -> list[Tensor]:
+        if self._plain and len(self._parts) == 1:
+            return tensors
+        return [_local(tensors[i]) for i in part.indices]
+
+
+def _kind(param: Tensor, state: State) -> tuple[Any, ...]:
+    return param.device, param.dtype in (torch.float64, torch.complex128), "grok_exp_avg" in state, "weight_ema" in state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Returns the plain real tensor behind a DTensor or a complex tensor."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _check_param(param: Tensor, group: Group) -> None:
+    if group["fused"] and not (param.is_floating_point() and param.device.type in ("cpu", "cuda")):
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors "
+            f"on cpu or cuda; got {param.dtype} on {param.device.type}"
+        )
+
+
+def _check_grad(owner: str, param: Tensor, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{owner} does not support sparse gradients; got {grad.layout} for a parameter of shape "
+            f"{tuple(param.shape)}. Use torch.optim.SparseAdam for it, or nn.Embedding(sparse=False)"
+        )
+
+
+def _check_capture(owner: str, group: Group) -> None:
+    """Refuses what a CUDA graph would get wrong for good. A replay does not come back here."""
+    if group["params"][0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return
+    if not group["capturable"]:
+        raise RuntimeError(f"{owner}: a step in a CUDA graph needs capturable=True; got capturable=False")
+    idle = sum(param.requires_grad and param.grad is None for param in group["params"])
+    if idle:
+        raise RuntimeError(
+            f"{owner}: every trainable parameter needs a gradient while a CUDA graph is captured; {idle} have none"
+        )
+
+
+def _remember_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        if group.get("amsgrad"):
+            raise ValueError("load_state_dict: amsgrad must be False, its maximum has no place here; got True")
+        if "grokfast_alpha" in group:
+            raise ValueError(
+                "load_state_dict: the dict must have the layout of torch.optim; got one of grokfast-pytorch. "
+                "Convert it with trm_fast.optim.from_lucidrains(state_dict, init_lr=...)"
+            )
+    optimizer._loading = state_dict  # type: ignore[attr-defined]
