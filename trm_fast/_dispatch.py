@@ -1,7 +1,8 @@
 """Decides which implementation of an op runs, and says why another one does not.
 
-Every op has up to four implementations, named ``reference``, ``cpp``, ``cuda`` and ``triton``. Unnamed choice: the first
-usable one in ``ORDER``, silently. Named choice (``TRM_FAST_BACKEND``, ``use_backend`` or a ``backend`` argument): that one
+Every op has up to four implementations, named ``reference``, ``cpp``, ``cuda`` and ``triton``.
+Unnamed choice: the first usable one in ``ORDER``, silently. Named choice (``TRM_FAST_BACKEND``,
+    ``use_backend`` or a ``backend`` argument): that one
 or a ``BackendError``. ``TRM_FAST_STRICT=1`` turns every silent fallback into an error.
 """
 
@@ -56,11 +57,12 @@ _named: str | None = _named_in_environment()
 _strict: bool = os.environ.get("TRM_FAST_STRICT", "0") == "1"
 
 
-class use_backend:  # noqa: N801 (a context manager, read as a function)
+class use_backend:
     """Names the backend of every op in the process, for the length of a ``with`` block.
 
     Args:
-        name: "reference", "cpp", "cuda" or "triton"; None returns the choice to the order of preference.
+        name: "reference", "cpp", "cuda" or "triton"; None returns the choice to the order of
+            preference.
 
     Raises:
         BackendError: ``name`` is not a backend, or, inside the block, a call cannot run on it.
@@ -137,8 +139,9 @@ class Choice:
 class Example:
     """A call of an op for ``doctor``, ``explain`` and the tests.
 
-    ``run(backend)`` works on fresh copies of the same inputs and returns the named results; ``truth()`` is the same
-    in float64; ``tolerance`` bounds the difference of each result, relative to the largest value of its truth.
+    ``run(backend)`` works on fresh copies of the same inputs and returns the named results;
+    ``truth()`` is the same in float64; ``tolerance`` bounds the difference of each result, relative
+    to the largest value of its truth.
     """
 
     run: Callable[[str], dict[str, torch.Tensor]]
@@ -152,8 +155,10 @@ class Op:
 
     Args:
         name: the word under which the op is found in every tree.
-        implementations: backend to function, or to "module:function", which is imported on first use.
-        refuses: ``(backend, dtypes)`` to the reason why the backend cannot run a call with them, or None.
+        implementations: backend to function, or to "module:function", which is imported on first
+            use.
+        refuses: ``(backend, dtypes)`` to the reason why the backend cannot run a call with them, or
+            None.
         examples: ``(shape, dtype, device)`` to named ``Example`` calls.
         order: device type to backends, fastest first.
     """
@@ -169,7 +174,7 @@ class Op:
         OPS[self.name] = self
 
     def reason(self, backend: str, device_type: str, dtypes: frozenset[torch.dtype]) -> str | None:
-        """Returns why ``backend`` cannot run a call on this device with these dtypes, or None if it can."""
+        """Returns why ``backend`` cannot run a call with these dtypes there, or None if it can."""
         if backend not in self.implementations:
             return f"{self.name} has no {backend} implementation"
         return unusable(backend, device_type) or self.refuses(backend, dtypes)
@@ -202,7 +207,9 @@ class Op:
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
             if _strict:
-                raise BackendError(f"{self.name}: TRM_FAST_STRICT=1 and {backend} cannot run: {reason}")
+                raise BackendError(
+                    f"{self.name}: TRM_FAST_STRICT=1 and {backend} cannot run: {reason}"
+                )
         raise BackendError(f"{self.name}: no implementation runs on {device_type}: {skipped}")
 
     def _function(self, backend: str) -> Callable[..., None]:
@@ -214,10 +221,11 @@ class Op:
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
-    """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot run.
+    """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot
+    run.
 
-    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Fallbacks that happened in this
-    process stand under the key "fallbacks" of their op, as call to reason.
+    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Fallbacks that
+    happened in this process stand under the key "fallbacks" of their op, as call to reason.
     """
     import trm_fast.ops  # noqa: F401 (registers every op)
 

@@ -89,10 +89,10 @@ PER_CPU void filter_highpass(float* __restrict__ filtered, const float* __restri
 // What one tensor needs at one step, rounded once from double.
 struct Plan {
   bool filtering;
-  float factor;                      // gradient: sign * clip / grad_scale
-  float alpha, fresh, lamb;          // filter; fresh = 1 - alpha, and (0, 1) seeds it with the gradient
-  float keep1, beta2, keep2, eps;    // moments; keep = 1 - beta
-  float l2, decay, pace, debias;     // wd of Adam; 1 - lr * wd of the others; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
+  float factor;                    // gradient: sign * clip / grad_scale
+  float alpha, fresh, lamb;        // filter; fresh = 1 - alpha, and (0, 1) seeds it with the gradient
+  float keep1, beta2, keep2, eps;  // moments; keep = 1 - beta
+  float l2, decay, pace, debias;   // wd of Adam; 1 - lr * wd of the others; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
   uint32_t step;
 };
 
@@ -255,8 +255,18 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
                         std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   if (found_inf && *address(found_inf) != 0) return;
-  Settings settings{static_cast<Rule>(rule), static_cast<Filter>(filter), lr, beta1, beta2, eps,
-                    weight_decay, alpha, lamb, after_step, maximize, weight_ema};
+  Settings settings{static_cast<Rule>(rule),
+                    static_cast<Filter>(filter),
+                    lr,
+                    beta1,
+                    beta2,
+                    eps,
+                    weight_decay,
+                    alpha,
+                    lamb,
+                    after_step,
+                    maximize,
+                    weight_ema};
   if (lr_at) settings.lr = *address(lr_at);
   if (weight_decay_at) settings.weight_decay = *address(weight_decay_at);
   if (lamb_at) settings.lamb = *address(lamb_at);

@@ -107,12 +107,14 @@ each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtyp
 
 
 @cache
-def _why_not(device: str, choice: frozenset[tuple[str, Any]]) -> str | None:
+def _why_not(
+    device: str, dtypes: frozenset[torch.dtype], choice: frozenset[tuple[str, Any]]
+) -> str | None:
     """Why a step on `device` cannot run with this choice of implementation, if it cannot."""
-    param = Parameter(torch.ones(3, device=device))
-    param.grad = torch.ones(3, device=device)
+    params = [Parameter(torch.ones(3, device=device, dtype=dtype)) for dtype in dtypes]
+    set_grads(params, [torch.ones_like(param) for param in params])
     try:
-        GrokFastAdamW([param], **dict(choice)).step()
+        GrokFastAdamW(params, **dict(choice)).step()
     except BackendError as error:
         return str(error)
     return None
@@ -130,13 +132,17 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 
 
 def build(params: Any, **kwargs: Any) -> GrokFastAdamW:
-    """An optimizer, or a skip with the reason why the implementation asked for is not here."""
-    choice = {key: kwargs[key] for key in ("backend", "fused", "foreach") if kwargs.get(key)}
-    device = "cuda" if any(tensor.is_cuda for tensor in _tensors(params)) else "cpu"
-    if choice and (reason := _why_not(device, frozenset(choice.items()))):
+    """An optimizer, or a skip with the reason why the implementation asked for cannot run."""
+    choice = frozenset((k, kwargs[k]) for k in ("backend", "fused", "foreach") if kwargs.get(k))
+    tensors = list(_tensors(params))
+    device = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
+    if choice and (reason := _why_not(device, frozenset([torch.float32]), choice)):
         named = {kwargs.get("backend"), "cpp" if kwargs.get("fused") else None}
         expected = named & set(os.environ.get("TRM_FAST_EXPECT", "").split(","))
         (pytest.fail if expected else pytest.skip)(reason)
+    dtypes = frozenset(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    if choice and dtypes and (reason := _why_not(device, dtypes, choice)):
+        pytest.skip(reason)
     return GrokFastAdamW(params, **kwargs)
 
 

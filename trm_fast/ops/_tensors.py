@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Returns whether the elements fill one piece of memory without gaps, in any order of dimensions."""
+    """Returns whether the elements fill memory without gaps, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     order = sorted(_order(tensor))
@@ -21,7 +21,7 @@ def same_order(tensor: Tensor, other: Tensor) -> bool:
 
 
 def in_order_of(tensor: Tensor, other: Tensor) -> Tensor:
-    """Returns ``tensor`` in the memory order of ``other``, or contiguous where ``other`` has gaps."""
+    """Returns ``tensor`` in the memory order of ``other``; contiguous if ``other`` has gaps."""
     if not is_dense(other):
         return tensor.contiguous()
     if same_order(tensor, other):
@@ -30,8 +30,9 @@ def in_order_of(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> bool:
-    """Returns whether a written tensor shares memory with another tensor; read ones may share among themselves."""
-    spans = [(*_span(t), True) for t in written if t.numel()] + [(*_span(t), False) for t in read if t.numel()]
+    """Returns whether a written tensor shares memory with another written or a read one."""
+    spans = [(*_span(t), True) for t in written if t.numel()]
+    spans += [(*_span(t), False) for t in read if t.numel()]
     written_end = read_end = 0
     for start, end, is_written in sorted(spans):
         if start < written_end or (is_written and start < read_end):

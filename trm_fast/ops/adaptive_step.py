@@ -1,37 +1,41 @@
-"""One optimizer step for many tensors: GrokFast filter, Adam-like update and weight average in one pass over memory.
+"""One optimizer step for many tensors: GrokFast filter, Adam-like update, weight average.
 
 For each tensor, at its own step t = 1, 2, ...:
 
-    g     <- grad / grad_scale * clip                    (negated with maximize)
-    mu    <- g                                           first filtered step
-             alpha * mu + (1 - alpha) * g                later
-    ghat  <- g + lamb * mu                               filter "ema", GrokFast
-             g + lamb * (g - mu)                         filter "highpass", its opposite: amplifies what is not slow
-             g                                           filter "none", no mu, or t <= after_step
-    ghat  <- ghat + weight_decay * param                 rule "adam"
-    param <- param * (1 - lr * weight_decay)             rules "adamw" and "atan2"
+    g     <- grad / grad_scale * clip                       negated with maximize
+    mu    <- g                                              at the first filtered step
+             alpha * mu + (1 - alpha) * g                   later
+    ghat  <- g + lamb * mu                                  filter "ema": GrokFast
+             g + lamb * (g - mu)                            filter "highpass": its opposite
+             g                                              no filter, or t <= after_step
+    ghat  <- ghat + weight_decay * param                    rule "adam"
+    param <- param * (1 - lr * weight_decay)                rules "adamw" and "atan2"
     m     <- m + (1 - beta1) * (ghat - m)
     v     <- beta2 * v + (1 - beta2) * ghat^2
     vhat  <- sqrt(v) / sqrt(1 - beta2^t)
-    param <- param - lr / (1 - beta1^t) * m / (vhat + eps)       rules "adamw" and "adam"
-             param - lr / (1 - beta1^t) * atan2(m, vhat)         rule "atan2"
-    e     <- e + (1 - weight_ema) * (param - e)          where a weight average is kept
+    param <- param - lr / (1 - beta1^t) * m / (vhat + eps)  rules "adamw" and "adam"
+             param - lr / (1 - beta1^t) * atan2(m, vhat)    rule "atan2"
+    e     <- e + (1 - weight_ema) * (param - e)             where a weight average is kept
     t     <- t + 1
 
-m, v, mu, e are called exp_avg, exp_avg_sq, grok_exp_avg, weight_ema. If ``found_inf`` is not zero, nothing changes at all.
-Gradients are only read. Arithmetic is float32 (float64 for float64 parameters), whatever the storage.
+m, v, mu and e are called exp_avg, exp_avg_sq, grok_exp_avg and weight_ema. If ``found_inf`` is not
+zero, nothing changes at all. Gradients are only read. Arithmetic is float32, or float64 for float64
+parameters, whatever the storage.
 
-States in bfloat16 are rounded stochastically: 16 random bits are added below the kept ones, so a mean that moves by less than
-one unit per step still moves on average. The bits are a function of the step, the position of the element in memory and
-the state, and are the same on every backend: word = mix(key(t, i >> 32, lane) ^ i), the lower half for m (lane 0) or v
-(lane 1), the upper half for mu (lane 0) or e (lane 1).
+States in bfloat16 are rounded stochastically: 16 random bits are added below the kept ones, so that
+a mean that moves by less than one unit per step still moves on average. The bits depend on nothing
+but the step, the place of the element in memory and the state, so every backend draws the same:
 
-Bytes per parameter and step, float32: 28 without mu (torch's fused AdamW), 36 with it, 8 more for a weight average; mu and m in
-bfloat16: 28. That is the floor; every implementation reads and writes each byte once.
+    word_i = mix(mix(t + 0x9e3779b9 * (2 * (i >> 32) + lane)) ^ i)          32 bits, modulo 2^32
+    lane 0: lower half for m, upper half for mu; lane 1: lower half for v, upper half for e
 
-Sources: GrokFast, Lee et al. 2024, arXiv:2405.20233, and ironjr/grokfast at 93b2248 (mu starts at the first gradient); AdamW as in
-torch.optim; atan2 rule, Everett et al. 2024, arXiv:2407.05872, and imoneoi/adam-atan2 at 42a1aeb; mixing function
-"lowbias32" from C. Wellons' hash-prospector.
+Bytes per float32 parameter and step: 28 without mu, as torch's fused AdamW; 36 with it; 8 more for
+a weight average; 28 with mu and m in bfloat16. That is the floor, and the fused implementations
+read and write each byte once.
+
+Sources: GrokFast, Lee et al. 2024, arXiv:2405.20233, and ironjr/grokfast at 93b2248 (mu starts at
+the first gradient); AdamW as in torch.optim; the atan2 rule, Everett et al. 2024, arXiv:2407.05872,
+and imoneoi/adam-atan2 at 42a1aeb; ``mix`` is "lowbias32" of C. Wellons' hash-prospector.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,10 +57,12 @@ FILTERS = ("none", "ema", "highpass")
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 STATE_STORAGE = (torch.float32, torch.bfloat16)
 
-# One row of the table per tensor; csrc/adaptive_step/table.h reads the same columns. Addresses are 0 where absent.
+# One row of the table per tensor; csrc/adaptive_step/table.h reads the same columns. Addresses are
+# 0 where absent.
 COLUMNS = (
-    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "step", "grok_step", "size",
-    "param_dtype", "grad_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype", "weight_ema_dtype",
+    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "step", "grok_step",
+    "size", "param_dtype", "grad_dtype",
+    "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype", "weight_ema_dtype",
 )  # fmt: skip
 
 Scalar = float | Tensor
@@ -64,11 +70,28 @@ Scalar = float | Tensor
 
 @dataclass(slots=True)
 class Settings:
-    """The scalars of one call; see ``adaptive_step_`` for their meaning.
+    """The scalars of one call.
+
+    Args:
+        lr: learning rate, >= 0.
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        eps: added to the denominator, >= 0.
+        weight_decay: decay of the weights per unit of learning rate, >= 0.
+        rule: "adamw", "adam" or "atan2".
+        filter: "none", "ema" or "highpass".
+        alpha: decay of the filter state mu, in [0, 1].
+        lamb: weight of the filter state, >= 0.
+        after_step: number of first steps without filter.
+        maximize: whether gradients are negated.
+        weight_ema: decay of the weight average, in [0, 1].
+        grad_scale: what the gradients were multiplied by, a tensor of one element, or None.
+        found_inf: not zero if the step must be skipped, a tensor of one element, or None.
+        clip: factor of the gradients, a tensor of one element, or None.
 
     Raises:
-        ValueError: a number is out of range or not finite, or a name is unknown. Tensors are not looked into, because the
-            host would have to wait for them.
+        ValueError: a number is out of range or not finite, or a name is unknown. Tensors are not
+            looked into, because the host would have to wait for them.
     """
 
     lr: Scalar
@@ -110,7 +133,9 @@ class Settings:
 
     def _require(self, holds: bool, name: str, required: str) -> None:
         if not holds:
-            raise ValueError(f"{self.owner}: {name} must be {required}; got {getattr(self, name)!r}")
+            raise ValueError(
+                f"{self.owner}: {name} must be {required}; got {getattr(self, name)!r}"
+            )
 
     def arguments(self, device: torch.device) -> tuple[Any, ...]:
         """Returns the scalars in the order of the schema, for tensors on ``device``."""
@@ -119,8 +144,9 @@ class Settings:
         lamb, lamb_at = _split(self.lamb, device)
         optional = (self.grad_scale, self.found_inf, self.clip)
         return (
-            RULES.index(self.rule), FILTERS.index(self.filter), lr, self.beta1, self.beta2, self.eps, weight_decay,
-            self.alpha, lamb, self.after_step, self.maximize, self.weight_ema, lr_at, weight_decay_at, lamb_at,
+            RULES.index(self.rule), FILTERS.index(self.filter),
+            lr, self.beta1, self.beta2, self.eps, weight_decay, self.alpha, lamb,
+            self.after_step, self.maximize, self.weight_ema, lr_at, weight_decay_at, lamb_at,
             *(None if tensor is None else tensor.to(device, torch.float32) for tensor in optional),
         )  # fmt: skip
 
@@ -133,13 +159,13 @@ class Settings:
         numbers[0], numbers[4], numbers[6] = values
         lr, beta1, beta2, eps, weight_decay, alpha, lamb, after_step, maximize, weight_ema = numbers
         return cls(
-            lr, beta1, beta2, eps, weight_decay, RULES[rule], FILTERS[filter_], alpha, lamb, after_step, maximize,
-            weight_ema, *arguments[15:],
+            lr, beta1, beta2, eps, weight_decay, RULES[rule], FILTERS[filter_], alpha, lamb,
+            after_step, maximize, weight_ema, *arguments[15:],
         )  # fmt: skip
 
 
 def _split(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
-    """Returns a number, or a tensor that is read where it lies because the host must not wait for it."""
+    """Returns a number, or a tensor for the device to read, because the host must not wait."""
     if not isinstance(value, Tensor):
         return value, None
     waits = value.device.type != "cpu" or torch.compiler.is_compiling()
@@ -154,7 +180,8 @@ def _require(holds: bool, argument: str, required: str, came: object) -> None:
 class AdaptiveStep:
     """The tensors of a step, checked once and kept; called with the gradients of each step.
 
-    Args and errors: as ``adaptive_step_``. ``grads`` stands for the gradients of all later calls, whose dtypes must be the
+    Args and errors: as ``adaptive_step_``. ``grads`` stands for the gradients of all later calls,
+        whose dtypes must be the
     same; ``fits`` tells whether they are, and whether the parameters still lie where they lay.
     """
 
@@ -168,6 +195,7 @@ class AdaptiveStep:
         grok_exp_avgs: Sequence[Tensor] = (),
         grok_steps: Sequence[Tensor] = (),
         weight_emas: Sequence[Tensor] = (),
+        *,
         backend: str | None = None,
     ) -> None:
         self.params = params
@@ -190,7 +218,7 @@ class AdaptiveStep:
         self._table: Tensor | None = None
 
     def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Returns whether ``grads`` have the expected dtypes and ``params`` lie where the checked ones lay."""
+        """Returns whether ``grads`` have the expected dtypes and ``params`` lie where they lay."""
         return (
             list(map(_kind, grads)) == self._kinds
             and list(map(Tensor.data_ptr, params)) == self._addresses
@@ -201,12 +229,16 @@ class AdaptiveStep:
         if self.params:
             self.choice.run(self, grads, settings)
 
-    def run_on_rows(self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: Settings) -> None:
-        """Calls a kernel that walks over memory by address; tensors laid out otherwise go through copies."""
+    def run_on_rows(
+        self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: Settings
+    ) -> None:
+        """Calls a kernel that walks memory by address; other orders of memory go through copies."""
         table = self._rows()
         columns = table.numpy()
         if not (self._contiguous and all(map(Tensor.is_contiguous, grads))):
-            grads = [in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)]
+            grads = [
+                in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)
+            ]
         columns[:, COLUMNS.index("grad")] = list(map(Tensor.data_ptr, grads))
         copies = {i: self.params[i].contiguous() for i in self._scattered}
         for i, copy in copies.items():
@@ -228,7 +260,8 @@ class AdaptiveStep:
             columns = [filled.get(name) or absent for name in COLUMNS]
             self._table = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
             on_gpu = self.device.type == "cuda"
-            # Counts the thread blocks that are done, so that the last one may advance the step counters.
+            # Counts the thread blocks that are done, so that the last one may advance the step
+            # counters.
             self._ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
         return self._table
 
@@ -263,13 +296,17 @@ def _check_tensors(
     if params and params[0].device.type == "meta":
         return
     written = [*params, *(t for tensors in (*states.values(), *counters.values()) for t in tensors)]
-    _require(not overlap(written, grads), "written tensors", "disjoint in memory", "two that overlap")
+    _require(
+        not overlap(written, grads), "written tensors", "disjoint in memory", "two that overlap"
+    )
 
 
 def _check_param(index: int, param: Tensor, device: torch.device) -> None:
     name = f"params[{index}]"
     if param.dtype not in (*STORAGE, torch.float64):
-        raise TypeError(f"adaptive_step_: {name} must be a floating point tensor; got {param.dtype}")
+        raise TypeError(
+            f"adaptive_step_: {name} must be a floating point tensor; got {param.dtype}"
+        )
     _require(param.device == device, name, f"on {device} as params[0]", str(param.device))
 
 
@@ -279,7 +316,8 @@ def _check_like(name: str, tensor: Tensor, param: Tensor, storage: tuple[torch.d
     allowed = (torch.float64,) if param.dtype == torch.float64 else storage
     if tensor.dtype not in allowed:
         raise TypeError(
-            f"adaptive_step_: {name} must be one of {allowed} for a {param.dtype} parameter; got {tensor.dtype}"
+            f"adaptive_step_: {name} must be one of {allowed} for a {param.dtype} parameter; "
+            f"got {tensor.dtype}"
         )
     matches = tensor.shape == param.shape and tensor.device == param.device
     required = f"{tuple(param.shape)} on {param.device} as its parameter"
@@ -314,21 +352,24 @@ def adaptive_step_(
     """Takes one optimizer step in place; the formula is at the top of this page.
 
     Args:
-        params: parameters of any shape, stride and of any mix of float32, bfloat16 and float16, all on one device;
-            overwritten. float64 runs on the reference.
+        params: parameters of any shape, stride and of any mix of float32, bfloat16 and float16, all
+            on one device; overwritten. float64 runs on the reference.
         grads: their gradients, same shapes, any of these dtypes and strides; only read.
         exp_avgs: first moments m, same shapes and memory order, float32 or bfloat16; overwritten.
         exp_avg_sqs: second moments v, likewise.
-        steps: finished steps t of each parameter, 0-d float32 on the device of the parameters; overwritten.
+        steps: finished steps t of each parameter, 0-d float32 on the device of the parameters;
+            overwritten.
         grok_exp_avgs: filter states mu, as ``exp_avgs``; empty without a filter.
         grok_steps: finished steps of each mu, as ``steps``; 0 seeds mu with the gradient.
         weight_emas: averaged weights e, as ``exp_avgs``; empty without an average.
-        settings: the scalars. ``lr``, ``weight_decay`` and ``lamb`` may be tensors of one element, which a GPU reads without
-            the host; ``grad_scale``, ``found_inf`` and ``clip`` are such tensors, or None.
+        settings: the scalars. ``lr``, ``weight_decay`` and ``lamb`` may be tensors of one element,
+            which a GPU reads without the host; ``grad_scale``, ``found_inf`` and ``clip`` are such
+            tensors, or None.
         backend: the implementation that must run; None takes the first usable one.
 
     Raises:
-        ValueError: lists differ in length, tensors in shape, device or memory order, or two of them overlap.
+        ValueError: lists differ in length, tensors in shape, device or memory order, or two of them
+            overlap.
         TypeError: a dtype or layout is not supported.
         BackendError: the named backend cannot run the call.
     """
@@ -342,22 +383,31 @@ def adaptive_step_(
 
 
 _SETTINGS_SCHEMA = (
-    "int rule, int filter, float lr, float beta1, float beta2, float eps, float weight_decay, float alpha, float lamb, "
-    "int after_step, bool maximize, float weight_ema, Tensor? lr_at, Tensor? weight_decay_at, Tensor? lamb_at, "
+    "int rule, int filter, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, float alpha, float lamb, "
+    "int after_step, bool maximize, float weight_ema, "
+    "Tensor? lr_at, Tensor? weight_decay_at, Tensor? lamb_at, "
     "Tensor? grad_scale, Tensor? found_inf, Tensor? clip"
 )
 # What torch.compile and other users of the dispatcher see.
 _native.LIBRARY.define(
-    "adaptive_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, Tensor(e!)[] grok_exp_avgs, Tensor(f!)[] grok_steps, Tensor(g!)[] weight_emas, "
+    "adaptive_step_(Tensor(a!)[] params, Tensor[] grads, "
+    "Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor(e!)[] grok_exp_avgs, Tensor(f!)[] grok_steps, Tensor(g!)[] weight_emas, "
     f"{_SETTINGS_SCHEMA}, str? backend=None) -> ()"
 )
 # What native code implements: passing addresses costs a tenth of passing lists of tensors.
-_native.LIBRARY.define(f"adaptive_step_rows_(Tensor table, Tensor? ticket, {_SETTINGS_SCHEMA}) -> ()")
+_native.LIBRARY.define(
+    f"adaptive_step_rows_(Tensor table, Tensor? ticket, {_SETTINGS_SCHEMA}) -> ()"
+)
 
 
 def _from_dispatcher(*arguments: Any) -> None:
-    *lists, settings, backend = (*arguments[:8], Settings.from_arguments(*arguments[8:-1]), arguments[-1])
+    *lists, settings, backend = (
+        *arguments[:8],
+        Settings.from_arguments(*arguments[8:-1]),
+        arguments[-1],
+    )
     adaptive_step_(*lists, settings=settings, backend=backend)
 
 
@@ -366,9 +416,9 @@ torch.library.register_fake("trm_fast::adaptive_step_", lambda *_: None, lib=_na
 
 
 def _reference(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
-    states = [step.states[name] or [None] * len(grads) for name in step.states]
-    counters = [step.counters[name] or [None] * len(grads) for name in step.counters]
-    for tensors in zip(step.params, grads, *states, *counters, strict=True):
+    absent: list[Any] = [None] * len(grads)
+    lists = [tensors or absent for tensors in (step.states | step.counters).values()]
+    for tensors in zip(step.params, grads, *lists, strict=True):
         _step_one(settings, *tensors)
 
 
@@ -425,7 +475,7 @@ def _step_one(
 def _write(
     target: Tensor, value: Tensor, keep: Tensor | None, bits: tuple[Tensor, int, int] | None = None
 ) -> None:
-    """Stores ``value`` where ``keep`` holds; ``bits`` is (t, lane, shift) of the random bits of a state."""
+    """Stores ``value`` where ``keep`` holds; ``bits`` is (t, lane, shift) of its random bits."""
     if bits is not None and target.dtype == torch.bfloat16:
         value = _round_stochastically(value, _random_words(target, bits[0], bits[1]) >> bits[2])
     value = value.to(target.dtype)
@@ -472,16 +522,22 @@ def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
     return None
 
 
-def _examples(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Example]:
+def _examples(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> dict[str, Example]:
     cases = {
         "adamw, ema": Settings(1e-3, weight_decay=0.1, filter="ema", lamb=2.0, weight_ema=0.9),
-        "adam, highpass": Settings(1e-3, weight_decay=0.1, rule="adam", filter="highpass", lamb=0.1),
+        "adam, highpass": Settings(
+            1e-3, weight_decay=0.1, rule="adam", filter="highpass", lamb=0.1
+        ),
         "atan2, ema, maximize": Settings(1e-3, rule="atan2", filter="ema", lamb=2.0, maximize=True),
     }
     return {name: _example(settings, shape, dtype, device) for name, settings in cases.items()}
 
 
-def _example(settings: Settings, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+def _example(
+    settings: Settings, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Example:
     generator = torch.Generator().manual_seed(0)
     state = torch.float64 if dtype == torch.float64 else torch.float32
     drawn = {name: torch.randn(shape, generator=generator) for name in ("param", "grad", *_STATES)}
@@ -495,12 +551,13 @@ def _example(settings: Settings, shape: tuple[int, ...], dtype: torch.dtype, dev
         counters = [torch.full((), 9.0, device=device) for _ in range(2)]
         adaptive_step_(
             [own["param"]], [own["grad"]], [own["exp_avg"]], [own["exp_avg_sq"]], [counters[0]],
-            [own["grok_exp_avg"]], [counters[1]], [own["weight_ema"]], settings=settings, backend=backend,
+            [own["grok_exp_avg"]], [counters[1]], [own["weight_ema"]],
+            settings=settings, backend=backend,
         )  # fmt: skip
         return {name: own[name] for name in ("param", *_STATES)}
 
-    # At most 8 roundings on the way to a state, relative to its terms, which are at most 4 times its largest value;
-    # a parameter is stored once more in its own dtype.
+    # At most 8 roundings on the way to a state, relative to its terms, which are at most 4 times
+    # its largest value; a parameter is stored once more in its own dtype.
     eps = torch.finfo(state).eps
     tolerance = {name: 32 * eps for name in _STATES} | {"param": 32 * eps + torch.finfo(dtype).eps}
     return Example(run, lambda: run("reference", torch.float64), tolerance)

@@ -1,4 +1,4 @@
-"""What every optimizer on ``ops.adaptive_step`` shares: state, the cached step of each group, saving and loading."""
+"""What every optimizer on ``ops.adaptive_step`` shares: state, cached steps, saving and loading."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +23,16 @@ State = dict[str, Any]
 
 
 class AdaptiveOptimizer(Optimizer):
-    """Base of the optimizers that differ only in the settings of one ``adaptive_step_`` per parameter group.
+    """Base of the optimizers that differ only in the settings of one ``adaptive_step_`` per
+    parameter group.
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``.
-        defaults: options of the groups; "filter", "lamb", "weight_ema", "capturable", "differentiable", "foreach" and
-            "fused" among them.
+        defaults: options of the groups; "filter", "lamb", "weight_ema", "capturable",
+            "differentiable", "foreach" and "fused" among them.
         backend: implementation that must run, or None.
-        state_dtype: torch.float32, torch.bfloat16, or a mapping from names of states to these; None means float32.
+        state_dtype: torch.float32, torch.bfloat16, or a mapping from names of states to these; None
+            means float32.
     """
 
     # GradScaler then leaves unscaling and skipping to step(), which needs no host sync for either.
@@ -57,7 +59,8 @@ class AdaptiveOptimizer(Optimizer):
         """Adds a group, as ``torch.optim`` does, and creates the state of its trainable parameters.
 
         Raises:
-            ValueError, TypeError, RuntimeError: an option or a parameter is not supported; no group is added.
+            ValueError, TypeError, RuntimeError: an option or a parameter is not supported; no group
+                is added.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -68,12 +71,13 @@ class AdaptiveOptimizer(Optimizer):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        # Not at the first step: checkpoint tools would take one with invented gradients to learn the keys.
+        # Not at the first step: checkpoint tools would take one with invented gradients to learn
+        # the keys.
         for param in group["params"]:
             if param.requires_grad:
                 self._complete_state(param, group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step in place; gradients are only read.
 
         Args:
@@ -83,8 +87,10 @@ class AdaptiveOptimizer(Optimizer):
             The loss of ``closure``, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse, or a CUDA graph is captured without ``capturable`` or without gradients.
-            ValueError, TypeError: an option or a tensor was changed to something that cannot be stepped.
+            RuntimeError: a gradient is sparse, or a CUDA graph is captured without ``capturable``
+                or without gradients.
+            ValueError, TypeError: an option or a tensor was changed to something that cannot be
+                stepped.
             BackendError: the named backend cannot run the call.
         """
         loss = None
@@ -125,7 +131,7 @@ class AdaptiveOptimizer(Optimizer):
         return _Plan(_state_names(group), params, grads, states, backend)
 
     def _complete_state(self, param: Tensor, group: Group) -> State:
-        """Creates what the state of ``param`` lacks, and moves it after a parameter that has moved."""
+        """Creates what the state of ``param`` lacks, and moves it where the parameter has moved."""
         state: State = self.state[param]
         for name in _state_names(group):
             value = state.get(name)
@@ -149,17 +155,20 @@ class AdaptiveOptimizer(Optimizer):
         return self._state_dtypes.get(name, torch.float32)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this optimizer, of torch's Adam or AdamW, or a converted one of another package.
+        """Loads a state dict of this optimizer, of torch's Adam or AdamW, or a converted one of
+        another package.
 
-        Unlike ``torch.optim``, every state keeps its own dtype (float32 states of bfloat16 parameters stay float32), and the
-        tensors are copied. A state that is missing, such as the filter's in a dict of torch's AdamW, starts anew.
+        Unlike ``torch.optim``, every state keeps its own dtype (float32 states of bfloat16
+        parameters stay float32), and the tensors are copied. A state that is missing, such as the
+        filter's in a dict of torch's AdamW, starts anew.
 
         Args:
             state_dict: the dict; hooks run as in ``torch.optim``.
 
         Raises:
-            ValueError: groups do not match, or the dict holds something that cannot be continued (amsgrad, another package's
-                layout); the message says what to do. Nothing is loaded then.
+            ValueError: groups do not match, or the dict holds something that cannot be continued
+                (amsgrad, another package's layout); the message says what to do. Nothing is loaded
+                then.
         """
         # Registered last, so that it sees what the hooks of the user have made of the dict.
         handle = self.register_load_state_dict_pre_hook(_remember_loaded)
@@ -170,7 +179,10 @@ class AdaptiveOptimizer(Optimizer):
             self._loading = None
 
     def __getstate__(self) -> State:
-        return super().__getstate__() | {"_backend": self._backend, "_state_dtypes": self._state_dtypes}
+        return super().__getstate__() | {
+            "_backend": self._backend,
+            "_state_dtypes": self._state_dtypes,
+        }
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
@@ -183,7 +195,7 @@ class AdaptiveOptimizer(Optimizer):
             self._adopt(self._loading)
 
     def _adopt(self, loaded: dict[str, Any]) -> None:
-        """Replaces what torch has cast to the dtype of the parameters by copies of what was saved."""
+        """Replaces what torch has cast to the parameters' dtypes by copies of what was saved."""
         keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
         groups = [(param, group) for group in self.param_groups for param in group["params"]]
         for key, (param, group) in zip(keys, groups, strict=True):
@@ -201,7 +213,9 @@ class AdaptiveOptimizer(Optimizer):
             return torch.tensor(float(value), dtype=torch.float32, device=param.device)
         if value.shape != param.shape:
             required = f"{tuple(param.shape)} as its parameter"
-            raise ValueError(f"load_state_dict: {name} must be {required}; got {tuple(value.shape)}")
+            raise ValueError(
+                f"load_state_dict: {name} must be {required}; got {tuple(value.shape)}"
+            )
         copy = value.detach().to(param.device, self._state_dtype(name, param), copy=True)
         return in_order_of(copy, param)
 
@@ -214,12 +228,14 @@ def _state_dtypes(
         if name not in AVERAGES:
             raise ValueError(f"{owner}: state_dtype must name {', '.join(AVERAGES)}; got {name!r}")
         if dtype not in STATE_STORAGE:
-            raise ValueError(f"{owner}: state_dtype must be torch.float32 or torch.bfloat16; got {dtype}")
+            raise ValueError(
+                f"{owner}: state_dtype must be torch.float32 or torch.bfloat16; got {dtype}"
+            )
     return wanted
 
 
 def _state_names(group: Group) -> tuple[str, ...]:
-    """Returns the states that ``group`` needs; a lamb that was never other than 0 needs no filter."""
+    """Returns the states that ``group`` needs; a lamb of 0 needs none for the filter."""
     lamb = group["lamb"]
     filtering = group["filter"] is not None and (isinstance(lamb, Tensor) or lamb != 0)
     averaging = group["weight_ema"] is not None
@@ -231,14 +247,14 @@ def _state_names(group: Group) -> tuple[str, ...]:
 
 
 def _lists(states: Sequence[State]) -> list[list[Tensor]]:
-    """Returns the states as ``adaptive_step_`` takes them; one that the first parameter lacks is empty."""
+    """Returns the states as ``adaptive_step_`` takes them; empty where the first has none."""
     order = ("exp_avg", "exp_avg_sq", "step", "grok_exp_avg", "grok_step", "weight_ema")
     return [[state[name] for state in states] if name in states[0] else [] for name in order]
 
 
 @dataclass(slots=True)
 class _Part:
-    """Parameters that take their step in one call: one device, one arithmetic, the same kinds of state."""
+    """Parameters that take their step in one call: one device, one arithmetic, like states."""
 
     indices: list[int]
     step: AdaptiveStep
@@ -259,7 +275,9 @@ class _Plan:
         self._params = params
         self._states = states
         self._tensors = list(chain.from_iterable(map(dict.values, states)))
-        self._plain = all(type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() for p in params)
+        self._plain = all(
+            type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() for p in params
+        )
         members: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for index, (param, state) in enumerate(zip(params, states, strict=True)):
             members[_kind(param, state)].append(index)
@@ -267,18 +285,25 @@ class _Plan:
             _Part(indices, self._make_step(indices, grads, backend)) for indices in members.values()
         ]
 
-    def _make_step(self, indices: list[int], grads: list[Tensor], backend: str | None) -> AdaptiveStep:
+    def _make_step(
+        self, indices: list[int], grads: list[Tensor], backend: str | None
+    ) -> AdaptiveStep:
         params, grads = ([_local(tensors[i]) for i in indices] for tensors in (self._params, grads))
         lists = _lists([self._states[i] for i in indices])
-        return AdaptiveStep(params, grads, *([_local(t) for t in ts] for ts in lists), backend=backend)
+        return AdaptiveStep(
+            params, grads, *([_local(t) for t in ts] for ts in lists), backend=backend
+        )
 
     def holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Returns whether the plan is for these parameters and gradients, and no state was replaced since."""
+        """Returns whether these tensors and the states are still those that were checked."""
         return (
             len(params) == len(self._params)
             and all(map(is_, params, self._params))
             and all(map(is_, chain.from_iterable(map(dict.values, self._states)), self._tensors))
-            and all(part.step.fits(self._select(part, params), self._select(part, grads)) for part in self._parts)
+            and all(
+                part.step.fits(self._select(part, params), self._select(part, grads))
+                for part in self._parts
+            )
         )
 
     def step(self, grads: list[Tensor], settings: Settings) -> None:
@@ -292,7 +317,12 @@ class _Plan:
 
 
 def _kind(param: Tensor, state: State) -> tuple[Any, ...]:
-    return param.device, param.dtype in (torch.float64, torch.complex128), "grok_exp_avg" in state, "weight_ema" in state
+    return (
+        param.device,
+        param.dtype in (torch.float64, torch.complex128),
+        "grok_exp_avg" in state,
+        "weight_ema" in state,
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -313,8 +343,8 @@ def _check_param(param: Tensor, group: Group) -> None:
 def _check_grad(owner: str, param: Tensor, grad: Tensor) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
-            f"{owner} does not support sparse gradients; got {grad.layout} for a parameter of shape "
-            f"{tuple(param.shape)}. Use torch.optim.SparseAdam for it, or nn.Embedding(sparse=False)"
+            f"{owner} does not support sparse gradients; got {grad.layout} for a parameter of "
+            f"shape {tuple(param.shape)}: use torch.optim.SparseAdam or nn.Embedding(sparse=False)"
         )
 
 
@@ -323,21 +353,26 @@ def _check_capture(owner: str, group: Group) -> None:
     if group["params"][0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return
     if not group["capturable"]:
-        raise RuntimeError(f"{owner}: a step in a CUDA graph needs capturable=True; got capturable=False")
+        raise RuntimeError(
+            f"{owner}: a step in a CUDA graph needs capturable=True; got capturable=False"
+        )
     idle = sum(param.requires_grad and param.grad is None for param in group["params"])
     if idle:
         raise RuntimeError(
-            f"{owner}: every trainable parameter needs a gradient while a CUDA graph is captured; {idle} have none"
+            f"{owner}: every trainable parameter needs a gradient while a CUDA graph is captured; "
+            f"{idle} have none"
         )
 
 
 def _remember_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
         if group.get("amsgrad"):
-            raise ValueError("load_state_dict: amsgrad must be False, its maximum has no place here; got True")
+            raise ValueError(
+                "load_state_dict: amsgrad must be False, its maximum has no place here; got True"
+            )
         if "grokfast_alpha" in group:
             raise ValueError(
-                "load_state_dict: the dict must have the layout of torch.optim; got one of grokfast-pytorch. "
-                "Convert it with trm_fast.optim.from_lucidrains(state_dict, init_lr=...)"
+                "load_state_dict: the dict must have the layout of torch.optim; got that of "
+                "grokfast-pytorch: use trm_fast.optim.from_lucidrains(state_dict, init_lr=...)"
             )
     optimizer._loading = state_dict  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""``GrokFastAdamW``: AdamW whose gradients pass through the slow-gradient filter of GrokFast on the way."""
+"""``GrokFastAdamW``: AdamW whose gradients pass through the GrokFast filter on their way."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,40 +11,52 @@ from trm_fast.optim._adaptive import AdaptiveOptimizer, Group
 
 
 class GrokFastAdamW(AdaptiveOptimizer):
-    """AdamW with GrokFast (Lee et al. 2024, arXiv:2405.20233) in one pass over memory; drop-in for ``torch.optim.AdamW``.
+    """AdamW with GrokFast (Lee et al. 2024, arXiv:2405.20233) in one pass over memory; drop-in for
+    ``torch.optim.AdamW``.
 
-    Each gradient is replaced, on its way into AdamW, by ``grad + lamb * mean``, where ``mean`` is a running mean of
-    the gradients that starts at the first one. ``p.grad`` itself is only read. With ``lamb=0`` this is
-    ``torch.optim.AdamW``. The whole formula is on the page ``trm_fast/ops/adaptive_step.py``.
+    Each gradient is replaced, on its way into AdamW, by ``grad + lamb * mean``, where ``mean`` is a
+    running mean of the gradients that starts at the first one. ``p.grad`` itself is only read. With
+    ``lamb=0`` this is ``torch.optim.AdamW``. The whole formula is on the page
+    ``trm_fast/ops/adaptive_step.py``.
 
     Args:
-        params: parameters, named parameters or groups, as for ``torch.optim``; every option below except ``backend`` and
-            ``state_dtype`` may differ between groups, and may be changed between steps.
+        params: parameters, named parameters or groups, as for ``torch.optim``; every option below
+            except ``backend`` and ``state_dtype`` may differ between groups, and may be changed
+            between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         betas: decay per step of the first and second moment, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decay of the weights per unit of learning rate, >= 0.
         alpha: decay per step of the running mean, in [0, 1]. The paper advises 0.8 to 0.99.
         lamb: weight of the running mean, >= 0; the paper advises 0.1 to 5.
-        filter: "ema" is GrokFast. "highpass" is its opposite, ``grad + lamb * (grad - mean)``, which amplifies noise;
-            it exists because some published trainers use it. None is no filter.
-        after_step: number of first steps without filter; the mean starts at the first gradient behind them.
+        filter: "ema" is GrokFast. "highpass" is its opposite, ``grad + lamb * (grad - mean)``,
+            which amplifies noise; it exists because some published trainers use it. None is no
+            filter.
+        after_step: number of first steps without filter; the mean starts at the first gradient
+            behind them.
         maximize: ascends instead; negates the gradient before the filter.
         capturable: allows a step inside a CUDA graph.
         differentiable: lets autograd see the step; runs the reference.
-        foreach: accepted for ``torch.optim``'s sake; all tensors of a group always take their step together.
-        fused: True refuses parameters that a fused kernel could not take, as in torch; False runs the reference.
+        foreach: accepted for ``torch.optim``'s sake; all tensors of a group always take their step
+            together.
+        fused: True refuses parameters that a fused kernel could not take, as in torch; False runs
+            the reference.
         backend: "reference", "cpp", "cuda" or "triton" must run; None takes the first usable one.
-        weight_ema: decay per step of an average of the weights, in [0, 1], kept in ``state[p]["weight_ema"]``; None keeps none.
-        decoupled_weight_decay: False adds ``weight_decay * param`` to the filtered gradient, which makes it Adam.
-        state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg" and "weight_ema" to a dtype,
-            stores states in 16 bits with stochastic rounding; default float32. float64 parameters keep float64.
-        normalize_lr: divides the learning rate by ``1 + lamb`` at each step (filter "ema" only), so that the slow part moves the
-            weights as fast as without filter; ``group["lr"]`` still shows the number given.
+        weight_ema: decay per step of an average of the weights, in [0, 1], kept in
+            ``state[p]["weight_ema"]``; None keeps none.
+        decoupled_weight_decay: False adds ``weight_decay * param`` to the filtered gradient, which
+            makes it Adam.
+        state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg" and
+            "weight_ema" to a dtype, stores states in 16 bits with stochastic rounding; default
+            float32. float64 parameters keep float64.
+        normalize_lr: divides the learning rate by ``1 + lamb`` at each step (filter "ema" only), so
+            that the slow part moves the weights as fast as without filter; ``group["lr"]`` still
+            shows the number given.
 
     Raises:
         ValueError: an option is out of range, not finite or unknown.
-        RuntimeError: ``fused`` with ``differentiable``, ``foreach`` or unsupported parameters, as in torch.
+        RuntimeError: ``fused`` with ``differentiable``, ``foreach`` or unsupported parameters, as
+            in torch.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
 
     Example:
@@ -106,9 +118,11 @@ class GrokFastAdamW(AdaptiveOptimizer):
         lr = group["lr"]
         if group["normalize_lr"] and group["filter"] == "ema":
             lr = lr / (1 + group["lamb"])
+        beta1, beta2 = group["betas"]
         return Settings(
             lr,
-            *group["betas"],
+            beta1,
+            beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             rule="adamw" if group["decoupled_weight_decay"] else "adam",

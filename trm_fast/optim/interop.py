@@ -9,15 +9,18 @@ from torch.optim.optimizer import Optimizer
 
 
 def from_lucidrains(state_dict: dict[str, Any], init_lr: float) -> dict[str, Any]:
-    """Converts a state dict of ``grokfast_pytorch.GrokFastAdamW`` for ``GrokFastAdamW.load_state_dict``.
+    """Converts a state dict of ``grokfast_pytorch.GrokFastAdamW`` for
+    ``GrokFastAdamW.load_state_dict``.
 
-    That optimizer decays weights by ``lr / init_lr * weight_decay``; torch's convention is ``lr * weight_decay``, so the
-    weight decay is divided by ``init_lr``. It has divided the learning rate by 1 + lamb already if ``normalize_lr`` was set; the
-    saved one is taken as it is. It clamps its denominator at eps, where AdamW adds eps: the difference stays.
+    That optimizer decays weights by ``lr / init_lr * weight_decay``; torch's convention is ``lr *
+    weight_decay``, so the weight decay is divided by ``init_lr``. It has divided the learning rate
+    by 1 + lamb already if ``normalize_lr`` was set; the saved one is taken as it is. It clamps its
+    denominator at eps, where AdamW adds eps: the difference stays.
 
     Args:
         state_dict: what its ``state_dict()`` returned.
-        init_lr: the learning rate it started with, after its division by 1 + lamb. The dict does not hold it.
+        init_lr: the learning rate it started with, after its division by 1 + lamb. The dict does
+            not hold it.
 
     Returns:
         A new dict; its tensors are those of ``state_dict``.
@@ -28,7 +31,9 @@ def from_lucidrains(state_dict: dict[str, Any], init_lr: float) -> dict[str, Any
     if not init_lr > 0:
         raise ValueError(f"from_lucidrains: init_lr must be > 0; got {init_lr}")
     if not all("grokfast_alpha" in group for group in state_dict["param_groups"]):
-        raise ValueError("from_lucidrains: every group must hold grokfast_alpha; got a dict of another optimizer")
+        raise ValueError(
+            "from_lucidrains: every group must hold grokfast_alpha; got a dict of another optimizer"
+        )
     groups = [_converted_group(group, init_lr) for group in state_dict["param_groups"]]
     state = {key: _converted_state(value) for key, value in state_dict["state"].items()}
     return {"state": state, "param_groups": groups}
@@ -51,7 +56,9 @@ def _converted_group(group: dict[str, Any], init_lr: float) -> dict[str, Any]:
 
 
 def _converted_state(state: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "grok_exp_avg") if name in state}
+    kept = {
+        name: state[name] for name in ("exp_avg", "exp_avg_sq", "grok_exp_avg") if name in state
+    }
     return {"step": torch.tensor(float(state["steps"]))} | kept
 
 
@@ -61,26 +68,36 @@ def load_official_ema(
     """Takes over the averages that ``gradfilter_ema`` of ironjr/grokfast returned.
 
     Args:
-        optimizer: a ``GrokFastAdamW`` with a filter, whose own state (of torch's Adam or AdamW) is loaded before.
+        optimizer: a ``GrokFastAdamW`` with a filter, whose own state (of torch's Adam or AdamW) is
+            loaded before.
         ema: name of a parameter to the running mean of its gradient.
         named_parameters: ``model.named_parameters()``, with the names of ``ema``.
 
     Raises:
         KeyError: ``ema`` has a name that no parameter of the optimizer has; nothing is loaded then.
-        ValueError: a mean differs in shape from its parameter, or its group has no filter; nothing is loaded then.
+        ValueError: a mean differs in shape from its parameter, or its group has no filter; nothing
+            is loaded then.
     """
     params = dict(named_parameters)
-    pairs = [(name, params[name] if name in params else None, mean) for name, mean in ema.items()]
-    for name, param, mean in pairs:
-        if param is None or param not in optimizer.state:
-            raise KeyError(f"load_official_ema: {name!r} is no parameter of this optimizer")
-        if "grok_exp_avg" not in optimizer.state[param]:
-            raise ValueError(f"load_official_ema: {name!r} must be in a group with a filter and lamb > 0")
-        if mean.shape != param.shape:
-            raise ValueError(
-                f"load_official_ema: {name!r} must be {tuple(param.shape)}; got {tuple(mean.shape)}"
-            )
-    for _, param, mean in pairs:
-        state = optimizer.state[param]
-        state["grok_exp_avg"].copy_(mean)
+    states = {
+        name: _filter_state(optimizer, name, params.get(name), mean) for name, mean in ema.items()
+    }
+    for name, state in states.items():
+        state["grok_exp_avg"].copy_(ema[name])
         state["grok_step"].fill_(1.0)
+
+
+def _filter_state(
+    optimizer: Optimizer, name: str, param: Tensor | None, mean: Tensor
+) -> dict[str, Tensor]:
+    if param is None or param not in optimizer.state:
+        raise KeyError(f"load_official_ema: {name!r} is no parameter of this optimizer")
+    state: dict[str, Tensor] = optimizer.state[param]
+    if "grok_exp_avg" not in state:
+        raise ValueError(
+            f"load_official_ema: {name!r} must be in a group with a filter and lamb > 0"
+        )
+    if mean.shape != param.shape:
+        shapes = f"{tuple(param.shape)}; got {tuple(mean.shape)}"
+        raise ValueError(f"load_official_ema: {name!r} must be of shape {shapes}")
+    return state

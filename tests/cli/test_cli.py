@@ -1,0 +1,257 @@
+"""The command line: exit codes, one-line errors, help without torch."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from trm_fast import __version__
+from trm_fast._dispatch import BackendError
+from trm_fast.cli import COMMANDS, main, train
+from trm_fast.recipes import RECIPES
+
+
+def error_of(capsys, *argv, code=2):
+    """Runs a command that must fail with ``code`` and returns its one line on stderr."""
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    assert captured.err.startswith("trm-fast: ")
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    return captured.err
+
+
+def grokking(tmp_path, *more):
+    """A run of one millisecond."""
+    out = tmp_path / "run"
+    fields = f"--prime 7 --iterations 2 --plot false --device cpu --out {out}"
+    return ["train", "grokking", *fields.split(), *more]
+
+
+def raise_in_run(monkeypatch, error):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["--version"], ["train", "--help"], ["nonsense"], ["train", "nonsense"]]
+)
+def test_help_and_usage_errors_import_no_torch(argv):
+    code = (
+        "import sys; from trm_fast.cli import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'numpy', 'rich', 'jsonargparse', 'matplotlib') "
+        "if name in sys.modules]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == (2 if "nonsense" in argv else 0)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m_trm_fast_is_the_command():
+    command = [sys.executable, "-m", "trm_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"trm-fast {__version__}\n")
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, help in COMMANDS.items():
+        assert f"{name} {help}" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_listed_with_its_own_help(name):
+    assert import_module(f"trm_fast.cli.{name}").HELP == COMMANDS[name]
+
+
+def test_no_command_is_a_usage_error(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("usage: trm-fast")
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys):
+    text = "trm-fast: unknown command 'trian'; did you mean 'train'?\n"
+    assert error_of(capsys, "trian") == text
+
+
+def test_an_unknown_flag_is_one_line(capsys):
+    assert error_of(capsys, "--bogus") == "trm-fast: unrecognized arguments: --bogus\n"
+
+
+def test_train_help_lists_the_recipes(capsys):
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, recipe in RECIPES.items():
+        assert f"  {name}  {recipe.help}" in text
+
+
+def test_train_without_a_recipe_names_them(capsys):
+    text = "trm-fast: train: name a recipe; choose from grokking\n"
+    assert error_of(capsys, "train") == text
+
+
+def test_an_unknown_recipe_gets_a_suggestion(capsys):
+    text = "trm-fast: train: unknown recipe 'groking'; did you mean 'grokking'?\n"
+    assert error_of(capsys, "train", "groking") == text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_help_shows_every_field_with_its_text_and_default(name, capsys):
+    recipe = RECIPES[name]
+    config = getattr(import_module(recipe.module), recipe.config)
+    assert main(["train", name, "--help"]) == 0
+    # argparse breaks lines at spaces and at the hyphens of words.
+    text = "".join(capsys.readouterr().out.split())
+    for field, doc in train.field_docs(config).items():
+        assert doc, f"{field} has no description in the docstring"
+        assert f"--{field}" in text
+        assert "".join(doc.split()) in text
+        assert f"default:{''.join(str(getattr(config(), field)).split())})" in text
+
+
+def test_flags_reach_the_run(tmp_path):
+    assert main(grokking(tmp_path, "--lr", "1e-4", "--betas", "[0.5, 0.75]")) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["lr"], config["betas"], config["prime"]) == (1e-4, [0.5, 0.75], 7)
+
+
+def test_a_yaml_file_is_read_and_later_flags_override_it(tmp_path):
+    file = tmp_path / "fast.yaml"
+    file.write_text("lr: 1e-4\nseed: 3\n")
+    assert main(grokking(tmp_path, "--config", str(file), "--seed", "4")) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["lr"], config["seed"]) == (1e-4, 4)
+
+
+def test_the_config_of_a_run_can_be_run_again(tmp_path):
+    assert main(grokking(tmp_path, "--seed", "3")) == 0
+    first = tmp_path / "run" / "config.json"
+    again = tmp_path / "again"
+    assert main(["train", "grokking", "--config", str(first), "--out", str(again)]) == 0
+    second = json.loads((again / "config.json").read_text())
+    assert second == {**json.loads(first.read_text()), "out": str(again)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lrr", "3"], "unknown field 'lrr'; did you mean 'lr'?"),
+        (["--lrr=3"], "unknown field 'lrr'; did you mean 'lr'?"),
+        (["--stop-at-target", "false"], "unknown field 'stop-at-target'; did you mean"),
+        (["--prim", "7"], "unknown field 'prim'; did you mean 'prime'?"),
+        (["--lr", "fast"], "--lr: Expected a float. Got value: fast"),
+        (["--filter", "emma"], "--filter: Expected one of 'ema', 'highpass', 'none'."),
+        (["--betas", "[0.9]"], "--betas: Expected a tuple with 2 elements."),
+        (["--config", "missing.yaml"], "--config: File does not exist"),
+    ],
+)
+def test_wrong_fields_are_one_line_and_write_nothing(tmp_path, capsys, flags, message):
+    assert f"train grokking: {message}" in error_of(capsys, *grokking(tmp_path, *flags))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prim: 7\n", "unknown field 'prim'; did you mean 'prime'?"),
+        ("lr: [1e-4\n", "Problems parsing config"),
+        ("- 1\n- 2\n", "--config: expected a file with one 'field: value' per line"),
+        ("lr: fast\n", "--lr: Expected a float. Got value: fast"),
+    ],
+)
+def test_wrong_files_are_one_line_and_write_nothing(tmp_path, capsys, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert message in error_of(capsys, *grokking(tmp_path, "--config", str(file)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_yaml_file_executes_nothing(tmp_path, capsys):
+    canary = tmp_path / "canary"
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"out: !!python/object/apply:os.mkdir ['{canary}']\n")
+    assert "Problems parsing config" in error_of(capsys, *grokking(tmp_path, "--config", str(file)))
+    assert not canary.exists()
+
+
+def test_a_value_out_of_range_is_one_line(tmp_path, capsys):
+    text = error_of(capsys, *grokking(tmp_path, "--target", "95"))
+    assert text == "trm-fast: grokking: target must be in [0, 1]; got 95.0\n"
+
+
+def test_an_existing_run_is_not_overwritten_silently(tmp_path, capsys):
+    assert main(grokking(tmp_path)) == 0
+    capsys.readouterr()
+    text = error_of(capsys, *grokking(tmp_path))
+    assert "out must be a new or empty directory" in text and "overwrite" in text
+    assert main(grokking(tmp_path, "--overwrite", "true")) == 0
+
+
+def test_the_default_directory_is_named_after_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = "train grokking --prime 7 --iterations 1 --plot false --filter none --seed 2".split()
+    assert main(argv) == 0
+    assert (tmp_path / "runs" / "grokking-adam-none-seed2" / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_loss_is_not_finite_exits_1(tmp_path, capsys):
+    argv = grokking(tmp_path, "--lr", "1e20", "--warmup", "0", "--iterations", "20")
+    assert main(argv) == 1
+    assert "training loss must stay finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("a\n  b"), 2, "a b"),
+        (TypeError("a"), 2, "a"),
+        (PermissionError(13, "Permission denied", "x"), 2, "[Errno 13] Permission denied: 'x'"),
+        (BackendError("cpp: not built"), 2, "cpp: not built"),
+        (FloatingPointError("nan"), 1, "nan"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_errors_become_one_line_and_a_code(monkeypatch, capsys, error, code, line):
+    raise_in_run(monkeypatch, error)
+    assert error_of(capsys, "train", "grokking", code=code) == f"trm-fast: {line}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyError("bug"), AttributeError("bug")])
+def test_faults_of_the_package_keep_their_traceback(monkeypatch, error):
+    raise_in_run(monkeypatch, error)
+    with pytest.raises(type(error)):
+        main(["train", "grokking"])
+
+
+@pytest.mark.parametrize("module", ["jsonargparse", "matplotlib.figure"])
+def test_a_missing_extra_names_the_install_command(tmp_path, capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    text = error_of(capsys, *grokking(tmp_path, "--plot", "true"))
+    name = module.partition(".")[0]
+    command = 'pip install "trm_fast[train,report]"'
+    assert text == f"trm-fast: {name} is not installed: {command}\n"
+
+
+def test_another_missing_module_keeps_its_traceback(monkeypatch):
+    raise_in_run(monkeypatch, ModuleNotFoundError("No module named 'x'", name="x"))
+    with pytest.raises(ModuleNotFoundError):
+        main(["train", "grokking"])
+
+
+def test_training_lets_waiting_threads_sleep_unless_told_otherwise(tmp_path):
+    code = (
+        "import os, sys; from trm_fast.cli import main; main(sys.argv[1:]); "
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    command = [sys.executable, "-c", code, "train", "grokking", "--help"]
+    free = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for env, policy in ((free, "PASSIVE"), ({**free, "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert re.search(r"\S+$", done.stdout)[0] == policy

@@ -1,0 +1,71 @@
+"""Settings and fixtures of the whole suite: Triton's interpreter, backends, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Triton reads both when it is first imported, so they are set before trm_fast is. Counting devices
+# asks the driver without starting CUDA in this process.
+NO_GPU = torch.version.cuda is None or torch.cuda.device_count() == 0
+if NO_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+EXPECTED = frozenset(filter(None, os.environ.get("TRM_FAST_EXPECT", "").split(",")))
+
+# No example database: every run sees the same examples, and nothing is written into the checkout.
+settings.register_profile("trm_fast", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("trm_fast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = EXPECTED - {*BACKENDS}
+    if unknown:
+        known = ", ".join(BACKENDS)
+        raise pytest.UsageError(f"TRM_FAST_EXPECT must list {known}; got {', '.join(unknown)}")
+
+
+def device_of(backend: str) -> torch.device:
+    """The device on which the tests run ``backend``."""
+    return torch.device("cuda" if backend in ("cuda", "triton") and not NO_GPU else "cpu")
+
+
+def skip_unless_usable(backend: str) -> None:
+    from trm_fast import _dispatch
+
+    reason = _dispatch.unusable(backend, device_of(backend).type)
+    if reason and backend in EXPECTED:
+        pytest.fail(f"TRM_FAST_EXPECT names {backend}, but it cannot run: {reason}", pytrace=False)
+    if reason:
+        pytest.skip(f"{backend}: {reason}")
+
+
+# Wider than a function, because hypothesis runs one test function many times.
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend; one that cannot run skips with its own reason, or fails if it was expected."""
+    skip_unless_usable(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def device(backend: str) -> torch.device:
+    """The device on which ``backend`` is tested."""
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Fills new memory with NaN (integers: the largest value), so that nothing unwritten passes."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_on, warn_only=warned_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
