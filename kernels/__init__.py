@@ -2,6 +2,6 @@
 
 if __name__ == "kernels":
     raise ImportError(
-        "this folder is installed as trm_fast.kernels; got an import of `kernels`, which happens when "
-        "the checkout itself is on sys.path: start pytest as `pytest`, and python with -P"
+        "this folder is installed as trm_fast.kernels; got an import of `kernels`, which happens "
+        "when the checkout itself is on sys.path: start pytest as `pytest`, and python with -P"
     )

@@ -17,7 +17,9 @@ from torch import Tensor
 BLOCK = 1024  # 8 values per thread and array: two 16-byte loads in flight for each
 WARPS = 4
 SMALLEST_CHUNK, LARGEST_CHUNK = 1024, 65536
-CHUNKS_PER_PROCESSOR = 8  # enough to even out the load, few enough to share the look-up of addresses
+CHUNKS_PER_PROCESSOR = (
+    8  # enough to even out the load, few enough to share the look-up of addresses
+)
 
 # Columns of the table, as in COLUMNS on the page of the op.
 PARAM: tl.constexpr = tl.constexpr(0)
@@ -73,7 +75,14 @@ def _store(pointer, offsets, value, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _store_state(
-    pointer, offsets, value, word, SHIFT: tl.constexpr, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr
+    pointer,
+    offsets,
+    value,
+    word,
+    SHIFT: tl.constexpr,
+    mask,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     if DTYPE == BFLOAT16:
         bits = value.to(tl.uint32, bitcast=True) + ((word >> SHIFT) & 0xFFFF)
@@ -99,7 +108,7 @@ def _random_words(t, offsets, LANE: tl.constexpr):
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - exp(x) for x <= 0, without cancellation near 0: the next term is 5e-9 of the sum at -0.5."""
+    """1 - exp(x) for x <= 0 without cancellation; at -0.5 the next term is 5e-9 of the sum."""
     tail = 1 + x * 0.14285714 * (1 + x * 0.125)
     tail = 1 + x * 0.25 * (1 + x * 0.2 * (1 + x * 0.16666667 * tail))
     series = -x * (1 + x * 0.5 * (1 + x * 0.33333333 * tail))
@@ -137,8 +146,8 @@ def _value(number, pointer):
 
 @triton.jit
 def _step_block(
-    row, offsets, mask, t, filtering, factor, alpha, fresh, lamb, keep1, beta2, keep2, eps, l2, decay,
-    pace, debias, ema_fresh,
+    row, offsets, mask, t, filtering, factor, alpha, fresh, lamb, keep1, beta2, keep2, eps, l2,
+    decay, pace, debias, ema_fresh,
     RULE: tl.constexpr, FILTER: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
     MASKED: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr, GROK_EXP_AVG_DTYPE: tl.constexpr,
@@ -198,8 +207,8 @@ def _count_steps(table_ptr, tensors, after_step, FILTER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tensors", "programs", "after_step"])
 def adaptive_step_kernel(
-    table_ptr, owner_ptr, start_ptr, ticket_ptr, tensors, programs, chunk, after_step, sign, lr, log_beta1,
-    keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, ema_fresh,
+    table_ptr, owner_ptr, start_ptr, ticket_ptr, tensors, programs, chunk, after_step, sign, lr,
+    log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, ema_fresh,
     lr_ptr, weight_decay_ptr, lamb_ptr, grad_scale_ptr, found_inf_ptr, clip_ptr,
     RULE: tl.constexpr, FILTER: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
@@ -247,15 +256,17 @@ def adaptive_step_kernel(
             # Two copies of the body: a mask forbids wide loads, and only the last block needs one.
             if first + BLOCK <= size:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1, beta2,
-                    keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER, AVERAGE,
+                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1,
+                    beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER,
+                    AVERAGE,
                     ALIGNED, False, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE,
                     GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
                 )  # fmt: skip
             else:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1, beta2,
-                    keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER, AVERAGE,
+                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1,
+                    beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER,
+                    AVERAGE,
                     ALIGNED, True, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE,
                     GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
                 )  # fmt: skip
@@ -268,10 +279,11 @@ def adaptive_step_kernel(
 
 
 def adaptive_step_rows_(
-    table: Tensor, ticket: Tensor | None, rule: int, filter: int, lr: float, beta1: float, beta2: float,
-    eps: float, weight_decay: float, alpha: float, lamb: float, after_step: int, maximize: bool,
-    weight_ema: float, lr_at: Tensor | None, weight_decay_at: Tensor | None, lamb_at: Tensor | None,
-    grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None,
+    table: Tensor, ticket: Tensor | None, rule: int, filter: int, lr: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float, alpha: float, lamb: float, after_step: int,
+    maximize: bool, weight_ema: float, lr_at: Tensor | None, weight_decay_at: Tensor | None,
+    lamb_at: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    clip: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel once for each combination of dtypes among the rows of ``table``."""
     if ticket is None:  # the interpreter, on the CPU
@@ -279,17 +291,17 @@ def adaptive_step_rows_(
     rows = table.numpy()
     for dtypes in np.unique(rows[:, FIRST_DTYPE:], axis=0):
         same = rows[(rows[:, FIRST_DTYPE:] == dtypes).all(axis=1)]
-        filtered = bool((same[:, GROK_EXP_AVG.value] != 0).all())
+        filtered = bool(same[0, GROK_STEP.value] != 0)
         chunk = chunk_size(int(same[:, SIZE.value].sum()), _processors(ticket.device))
         on_device, programs = _upload(same, chunk, ticket.device)
         tensors = len(same)
         owners = on_device[tensors * WIDTH.value :]
         adaptive_step_kernel[(programs,)](
             on_device, owners, owners[programs:], ticket, tensors, programs, chunk, after_step,
-            -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2), 1.0 - beta2,
-            eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
+            -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2),
+            1.0 - beta2, eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
             lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
-            RULE=rule, FILTER=filter if filtered else 0, AVERAGE=bool(same[0, WEIGHT_EMA.value]),
+            RULE=rule, FILTER=filter if filtered else 0, AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
             ALIGNED=bool((same[:, : STEP.value] % 16 == 0).all()), BLOCK=BLOCK,
             **dict(zip(_DTYPES, dtypes.tolist(), strict=True)), num_warps=WARPS,
         )  # fmt: skip
@@ -318,12 +330,15 @@ def _processors(device: torch.device) -> int:
 
 
 _uploaded: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
-_captured: list[Tensor] = []  # a CUDA graph reads its table, and the pinned copy of it, at each replay
+_captured: list[
+    Tensor
+] = []  # a CUDA graph reads its table, and the pinned copy of it, at each replay
 _MOST_UPLOADED = 64  # tables of about 12 KB; gradients that move give a new one
 
 
 def _upload(rows: np.ndarray, chunk: int, device: torch.device) -> tuple[Tensor, int]:
-    """Returns rows, the row of each program and its first element in one int64 tensor; and the programs."""
+    """Returns one int64 tensor of the rows, the row of each program and its first element, and the
+    number of programs."""
     key = (device, chunk, rows.tobytes())
     if key not in _uploaded:
         # An empty tensor gets a program too, because its step counts.
@@ -369,7 +384,19 @@ def specialisations() -> list[dict[str, Any]]:
         (0, 1, False, True, False, 0, 0, 0, 0, 0, 0),  # float32 throughout
         (0, 1, False, True, True, 0, 0, 1, 0, 1, 0),  # filter and first moment in bfloat16
         (1, 2, True, True, True, 1, 1, 0, 0, 0, 0),  # bfloat16 model, float32 states
-        (2, 1, True, False, True, 2, 2, 1, 1, 1, 1),  # float16 model, bfloat16 states, odd addresses
+        (
+            2,
+            1,
+            True,
+            False,
+            True,
+            2,
+            2,
+            1,
+            1,
+            1,
+            1,
+        ),  # float16 model, bfloat16 states, odd addresses
         (2, 0, False, True, False, 1, 1, 0, 0, 0, 0),  # no filter
     ):
         present = dict.fromkeys(optional, "*fp32") if given else {}

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 from trm_fast._version import __version__
 
 if TYPE_CHECKING:
-    from trm_fast._dispatch import BackendError, backends, use_backend
+    from trm_fast._dispatch import backends, use_backend
+    from trm_fast._errors import BackendError
     from trm_fast.optim import GrokFastAdamW
 
 __all__ = ["BackendError", "GrokFastAdamW", "__version__", "backends", "use_backend"]
 
 # Resolved on first use, so that `trm-fast --help` and a bare import do not pay for torch.
 _HOME = {
-    "BackendError": "trm_fast._dispatch",
+    "BackendError": "trm_fast._errors",
     "GrokFastAdamW": "trm_fast.optim",
     "backends": "trm_fast._dispatch",
     "use_backend": "trm_fast._dispatch",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from trm_fast import _native
+from trm_fast._errors import BackendError
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -29,10 +30,6 @@ ORDER: Mapping[str, tuple[str, ...]] = {
 }
 
 OPS: dict[str, "Op"] = {}
-
-
-class BackendError(RuntimeError):
-    """A backend was named that cannot run the call, or strict mode met a fallback."""
 
 
 def check_name(name: str, argument: str = "backend") -> str:
@@ -139,14 +136,31 @@ class Choice:
 class Example:
     """A call of an op for ``doctor``, ``explain`` and the tests.
 
-    ``run(backend)`` works on fresh copies of the same inputs and returns the named results;
-    ``truth()`` is the same in float64; ``tolerance`` bounds the difference of each result, relative
-    to the largest value of its truth.
+    Args:
+        prepare: ``(backend, dtype)`` to a call on fresh copies of the same inputs, and the tensors
+            that it overwrites, by name; a dtype other than None replaces that of every input.
+        tolerance: bound on the error of each tensor, relative to its largest true value.
     """
 
-    run: Callable[[str], dict[str, torch.Tensor]]
-    truth: Callable[[], dict[str, torch.Tensor]]
+    prepare: Callable[[str, torch.dtype | None], tuple[Callable[[], None], dict[str, torch.Tensor]]]
     tolerance: Mapping[str, float]
+
+    def run(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Makes the call on ``backend`` and returns what it wrote."""
+        call, written = self.prepare(backend, dtype)
+        call()
+        return written
+
+    def errors(self, backend: str) -> dict[str, float]:
+        """Returns the error of each tensor against the reference in float64, relative to its
+        largest value."""
+        truth = self.run("reference", torch.float64)
+        errors = {}
+        for name, value in self.run(backend).items():
+            difference = (value.double() - truth[name]).abs()
+            scale = truth[name].abs().max() if truth[name].numel() else torch.tensor(1.0)
+            errors[name] = (difference.max() / scale).item() if difference.numel() else 0.0
+        return errors
 
 
 @dataclass(frozen=True, eq=False)

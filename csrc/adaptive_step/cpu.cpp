@@ -195,7 +195,7 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, int6
 
 Plan make_plan(const Row& row, const Settings& s, double factor) {
   const double step = *reinterpret_cast<const float*>(row.step) + 1.0;
-  const bool filtering = s.filter != kNone && row.grok_exp_avg != 0 && step > s.after_step;
+  const bool filtering = s.filter != kNone && row.grok_step != 0 && step > s.after_step;
   const bool seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
   const double alpha = seeding ? 0.0 : s.alpha;
   const double l2 = s.rule == kAdam ? s.weight_decay : 0.0;
@@ -223,7 +223,7 @@ float count_at(int64_t address) { return address == 0 ? 0.0f : *reinterpret_cast
 // Neighbours have mostly taken the same steps, which saves the powers of a plan.
 bool same_history(const Row& a, const Row& b) {
   return count_at(a.step) == count_at(b.step) && count_at(a.grok_step) == count_at(b.grok_step) &&
-         (a.grok_exp_avg == 0) == (b.grok_exp_avg == 0);
+         (a.grok_step == 0) == (b.grok_step == 0);
 }
 
 void count(const Row& row, const Plan& plan) {

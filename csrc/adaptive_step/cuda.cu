@@ -64,7 +64,7 @@ __device__ float value(float number, const float* at) { return at == nullptr ? n
 __device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
   const float step = *reinterpret_cast<const float*>(row.step) + 1;
   const float lr = value(s.lr, s.at.lr), weight_decay = value(s.weight_decay, s.at.weight_decay);
-  const bool filtering = s.filter != kNone && row.grok_exp_avg != 0 && step > static_cast<float>(s.after_step);
+  const bool filtering = s.filter != kNone && row.grok_step != 0 && step > static_cast<float>(s.after_step);
   const bool seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
   Plan plan;
   plan.filtering = filtering;
@@ -199,7 +199,7 @@ __device__ void count_steps(const Launch<kRows>& launch) {
     const DeviceRow& row = launch.rows[r];
     float* step = reinterpret_cast<float*>(row.step);
     *step += 1;
-    const bool filtered = launch.settings.filter != kNone && row.grok_exp_avg != 0;
+    const bool filtered = launch.settings.filter != kNone && row.grok_step != 0;
     if (filtered && *step > static_cast<float>(launch.settings.after_step)) {
       *reinterpret_cast<float*>(row.grok_step) += 1;
     }

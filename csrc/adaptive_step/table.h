@@ -13,7 +13,7 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Rule : int64_t { kAdamW = 0, kAdam = 1, kATan2 = 2 };
 enum Filter : int64_t { kNone = 0, kEma = 1, kHighpass = 2 };
 
-// Addresses are 0 where the call has no such state.
+// Addresses are 0 where the call has no such state; so is that of an empty tensor, so ask the counters.
 struct Row {
   int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, step, grok_step;
   int64_t size;

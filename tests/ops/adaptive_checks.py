@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -209,7 +208,3 @@ def strides_of(shape: Sequence[int], order: Sequence[int], gap: int = 1) -> tupl
         steps.append(steps[-1] * max(n, 1))
     by_dim = dict(zip(order, reversed(steps), strict=False))
     return tuple(by_dim[d] for d in range(len(shape)))
-
-
-def is_decreasing(values: Sequence[float]) -> bool:
-    return all(a > b for a, b in pairwise(values))

@@ -37,18 +37,20 @@ def new_grad(item: Item, seed: int) -> None:
     item["grad"] = torch.randn(item["grad"].shape, generator=generator).to(item["grad"])
 
 
-@pytest.mark.parametrize("dtype", STORAGE)
+# Each step starts from what the backend made of the last one, so its error does not add up. In the
+# interpreter a step takes 20 ms, hence fewer of them for the 16-bit parameters.
+@pytest.mark.parametrize(("dtype", "steps"), zip(STORAGE, (50, 8, 8), strict=True))
 @pytest.mark.parametrize("filter_", FILTERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_each_of_50_steps_is_the_formula(backend, device, rule, filter_, dtype):
+def test_each_step_is_the_formula(backend, device, rule, filter_, dtype, steps):
     item = make(param=dtype, step=0.0, grok_step=0.0, device=device)
     for name in ("exp_avg", "exp_avg_sq"):
         item[name].zero_()
     settings = settings_with(rule=rule, filter=filter_)
-    for seed in range(50):
+    for seed in range(steps):
         new_grad(item, seed)
         assert_step([item], settings, backend)
-    assert item["step"] == 50
+    assert item["step"] == steps
 
 
 @pytest.mark.parametrize("filter_", FILTERS)

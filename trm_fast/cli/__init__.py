@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from trm_fast._errors import BackendError
 from trm_fast._version import __version__
 
 # The first sentences of the commands stand here so that `trm-fast --help` imports no torch.
@@ -59,11 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing not in _EXTRAS:
             raise
         return _fail(f'{missing} is not installed: pip install "trm_fast[train,report]"', 2)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(str(error), 2)
-    except RuntimeError as error:
-        if not _is_backend_error(error):
-            raise
+    except (ValueError, TypeError, OSError, BackendError) as error:
         return _fail(str(error), 2)
 
 
@@ -96,13 +93,6 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(known)}"
-
-
-def _is_backend_error(error: RuntimeError) -> bool:
-    # Whoever raised it has imported torch already, so this costs nothing.
-    from trm_fast._dispatch import BackendError
-
-    return isinstance(error, BackendError)
 
 
 def _fail(message: str, code: int) -> int:

@@ -546,21 +546,23 @@ def _example(
         name: value.to(device, state if name in _STATES else dtype) for name, value in drawn.items()
     }
 
-    def run(backend: str, real: torch.dtype | None = None) -> dict[str, Tensor]:
+    def prepare(
+        backend: str, real: torch.dtype | None
+    ) -> tuple[Callable[[], None], dict[str, Tensor]]:
         own = {name: value.to(real or value.dtype, copy=True) for name, value in inputs.items()}
         counters = [torch.full((), 9.0, device=device) for _ in range(2)]
-        adaptive_step_(
+        step = AdaptiveStep(
             [own["param"]], [own["grad"]], [own["exp_avg"]], [own["exp_avg_sq"]], [counters[0]],
-            [own["grok_exp_avg"]], [counters[1]], [own["weight_ema"]],
-            settings=settings, backend=backend,
+            [own["grok_exp_avg"]], [counters[1]], [own["weight_ema"]], backend=backend,
         )  # fmt: skip
-        return {name: own[name] for name in ("param", *_STATES)}
+        written = {name: own[name] for name in ("param", *_STATES)}
+        return lambda: step([own["grad"]], settings), written
 
     # At most 8 roundings on the way to a state, relative to its terms, which are at most 4 times
     # its largest value; a parameter is stored once more in its own dtype.
     eps = torch.finfo(state).eps
     tolerance = {name: 32 * eps for name in _STATES} | {"param": 32 * eps + torch.finfo(dtype).eps}
-    return Example(run, lambda: run("reference", torch.float64), tolerance)
+    return Example(prepare, tolerance)
 
 
 _STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")

@@ -1,0 +1,66 @@
+"""``trm-fast doctor``: runs every op on every usable backend against float64."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trm_fast.cli import COMMANDS
+
+if TYPE_CHECKING:
+    import torch
+
+    from trm_fast._dispatch import Op
+
+HELP = COMMANDS["doctor"]
+
+# A scalar, less than a block, a block and a bit, several blocks: small enough for the interpreter.
+_SHAPES = ((), (7,), (33, 32), (5, 1000))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds nothing: the command has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one line per op, device and backend; returns 1 if a result is outside its bound."""
+    # One setting for all measured and checked numbers, whatever the default of Triton.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import torch
+
+    import trm_fast.ops  # noqa: F401 (registers every op)
+    from trm_fast._dispatch import BACKENDS, OPS, unusable
+
+    failures = 0
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for op in OPS.values():
+        for device in devices:
+            for backend in BACKENDS:
+                if backend not in op.implementations:
+                    continue
+                reason = unusable(backend, device)
+                if reason:
+                    print(f"skip  {op.name} {device} {backend}: {reason}")
+                    continue
+                found = list(_faults(op, torch.device(device), backend))
+                failures += len(found)
+                print(f"{'FAIL' if found else 'ok  '}  {op.name} {device} {backend}")
+                for fault in found:
+                    print(f"      {fault}")
+    print(f"{failures} failures" if failures else "every usable backend agrees with float64")
+    return 1 if failures else 0
+
+
+def _faults(op: "Op", device: "torch.device", backend: str) -> Iterator[str]:
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if op.refuses(backend, frozenset({dtype})):
+            continue
+        for shape in _SHAPES:
+            for name, example in op.examples(shape, dtype, device).items():
+                for tensor, error in example.errors(backend).items():
+                    bound = example.tolerance[tensor]
+                    if not error <= bound:
+                        call = f"{name}, shape {shape}, {dtype}"
+                        yield f"{call}: error of {tensor} must be <= {bound:.2g}; got {error:.2g}"
