@@ -20,7 +20,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile
 
 demo: build ## train on real data and show the result, in runs/demo
-	$(BIN)/trm-fast train grokking --out runs/demo
+	$(BIN)/trm-fast train grokking --out runs/demo --overwrite true
 
 test: lint build ## check style and types, then run the whole test suite
 	$(BIN)/pytest

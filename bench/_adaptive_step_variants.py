@@ -96,8 +96,8 @@ def _ours(params: Params, device: str) -> Iterator[Variant | Missing]:
     for backend in ORDER[device]:
         if backend in usable:
             # The reference is a chain of operators that nobody has counted.
-            size = None if backend == "reference" else ONE_PASS
-            yield _our(params, backend, "", size)
+            one_pass = backend != "reference"
+            yield _our(params, backend, "", ONE_PASS if one_pass else None, one_pass=one_pass)
         else:
             yield Missing(our_name(backend), states[backend])
     for backend in fast:
@@ -111,13 +111,15 @@ def _our(
     backend: str,
     detail: str,
     size: float | None,
+    one_pass: bool = True,
     filtered: bool = True,
     bf16: bool = False,
     **options: Any,
 ) -> Variant:
     options = {"alpha": ALPHA, "lamb": LAMB} | options
     optimizer = trm_fast.GrokFastAdamW(params, **ADAMW, **options, backend=backend)
-    return _variant(our_name(backend, detail), optimizer, size, filtered=filtered, bf16=bf16)
+    facts = {"one_pass": one_pass, "filtered": filtered, "bf16": bf16}
+    return _variant(our_name(backend, detail), optimizer, size, **facts)
 
 
 def _variant(name: str, optimizer: Optimizer, size: float | None, **facts: bool) -> Variant:

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -13,7 +14,8 @@ from ._machine import facts
 from ._timing import quartiles
 
 RESULTS = Path(__file__).parent / "results"
-WIDTH = 132  # where the output is not a terminal
+# A narrower terminal wraps the lines of a table, which is better than the loss of a column.
+WIDTH = 160
 
 
 @dataclass
@@ -74,13 +76,16 @@ class Run:
         self.rounds = rounds
         self.facts = facts()
         self.tables: list[Table] = []
+        self.skipped: dict[str, str] = {}
 
-    def text(self, width: int | bool) -> str:
-        """Returns all tables as text, ``width`` columns wide; False is the default width."""
-        console = Console(file=io.StringIO(), width=width or WIDTH, color_system=None)
-        console.print(_heading(self.facts), highlight=False)
+    def text(self) -> str:
+        """Returns all tables as text."""
+        console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        _print_line(console, _heading(self.facts))
         for table in self.tables:
             _print_table(console, table)
+        for name, reason in self.skipped.items():
+            _print_line(console, f"\n{name}: not measured: {reason}")
         console.print(_LEGEND, highlight=False)
         return console.file.getvalue()
 
@@ -111,18 +116,19 @@ class Run:
         return self.facts | {"rounds": self.rounds, "tables": tables}
 
 
-_LEGEND = """\
-median, quartiles: of all timed steps of the run. moved: bytes per step; for an update in one pass the
-least that its algorithm can move, with ~ what a chain of operators reads and writes. GB/s: moved over
-median. of copy: that over the GB/s of the copy, which can exceed 100 %. extra: tensors alive during a
-step, at their peak, beyond those alive before it. How and why: bench/README.md.
+_LEGEND = """
+median, quartiles: of all timed steps of the run. moved: bytes per step: for an update in one pass
+the least that its algorithm can move; with ~ what a chain of operators reads and writes. GB/s:
+moved over median. of copy: GB/s over that of the copy; it can exceed 100 %. state: bytes per
+parameter. extra: tensors alive during a step, at their peak, beyond those alive before it. How and
+why: bench/README.md.
 """
 
 
 def _heading(facts: dict[str, object]) -> str:
     gpu = f"{facts['gpu']}, CUDA {facts['cuda']}; " if facts["gpu"] else ""
     return (
-        f"\n{gpu}{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, "
+        f"\n{gpu}{facts['cpu']}, {facts['cores']} cores, threads: {facts['threads']}, "
         f"{facts['cpu_capability']}, load average {facts['load_average']} at the start\n"
         f"trm_fast {facts['trm_fast']} ({facts['compiler'] or 'cpp not built'}), torch "
         f"{facts['torch']}, Python {facts['python']}, commit {facts['commit'] or 'unknown'}, "
@@ -131,55 +137,61 @@ def _heading(facts: dict[str, object]) -> str:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    columns = (
-        "median",
-        "quartiles",
-        f"/ {table.base}",
-        "moved",
-        "GB/s",
-        "of copy",
-        "state",
-        "extra",
-    )
-    shown = RichTable(title=table.title, title_justify="left")
+    base = f"/ {table.base}"
+    columns = ("median", "quartiles", base, "moved", "GB/s", "of copy", "state", "extra")
+    shown = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     shown.add_column("", no_wrap=True)
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for row in table.rows:
         shown.add_row(row.name, *_cells(table, row))
-    console.print()
+    console.print(f"\n{table.title}\n", highlight=False)
     console.print(shown)
     for name, reason in table.missing.items():
-        console.print(f"  not run: {name}: {reason}", highlight=False, markup=False)
+        _print_line(console, f"  not run: {name}: {reason}")
     for note in table.notes:
-        console.print(f"  {note}", highlight=False, markup=False)
+        _print_line(console, f"  {note}")
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(table: Table, row: Row) -> list[str]:
-    low, median, high = quartiles(row.seconds)
+    low, median, high = map(in_seconds, quartiles(row.seconds))
     base, share = table.row(table.base), table.share(row)
     return [
-        in_seconds(median),
-        f"{in_seconds(low)} - {in_seconds(high)}",
-        f"{median / base.median:.2f}x" if base else "",
+        median,
+        f"{low} - {high}",
+        f"{row.median / base.median:.2f}x" if base else "",
         "" if row.moved is None else f"{'' if row.one_pass else '~'}{in_bytes(row.moved)}",
         "" if row.bandwidth is None else f"{row.bandwidth / 1e9:.1f}",
         "" if share is None else f"{share:.0%}",
-        "" if row.state_bytes is None else f"{row.state_bytes:.1f} B/p",
+        "" if row.state_bytes is None else f"{row.state_bytes:.1f}",
         "" if row.extra is None else in_bytes(row.extra),
     ]
 
 
 def _row_json(table: Table, row: Row) -> dict[str, object]:
     low, median, high = quartiles(row.seconds)
-    summary = {"first_quartile": low, "median": median, "third_quartile": high}
-    return asdict(row) | summary | {"share_of_copy": table.share(row)}
+    summary = {
+        "first_quartile": low,
+        "median": median,
+        "third_quartile": high,
+        "timed_steps": len(row.seconds),
+        "share_of_copy": table.share(row),
+    }
+    facts = asdict(row)
+    del facts["seconds"]
+    return facts | summary
 
 
 def in_seconds(seconds: float) -> str:
     """Returns a time with three digits and its unit."""
-    unit, scale = ("ms", 1e3) if seconds >= 1e-3 else ("us", 1e6)
-    return f"{_three_digits(seconds * scale)} {unit}"
+    for unit, scale in (("s", 1), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{_three_digits(seconds * scale)} {unit}"
+    return f"{_three_digits(seconds * 1e6)} us"
 
 
 def in_bytes(size: float) -> str:

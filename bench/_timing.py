@@ -1,6 +1,7 @@
 """Times many variants side by side in one run; the choices are explained in bench/README.md."""
 
 import gc
+import itertools
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def interleave(jobs: Sequence[Job], rounds: int, device: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        plans = {job: _plan(clock(job, 2)[-1], rounds) for job in jobs}  # the round of the warm-up
+        plans = {job: _plan(min(clock(job, 2)), rounds) for job in jobs}  # the warm-up
         for turn in range(rounds):
             # Another neighbour in each round, so that none is a burden to one job only.
             for job in random.Random(turn).sample(jobs, len(jobs)):
@@ -86,7 +87,7 @@ def _seconds_on_cpu(job: Job, steps: int) -> list[float]:
 
 
 def _seconds_on_cuda(job: Job, steps: int) -> list[float]:
-    """Launches all steps before it waits, so that the host counts only where it is the slower one."""
+    """Launches all steps before it waits, so that the host counts only where it is slower."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
     torch.cuda.synchronize()
     for start, end in events:
@@ -98,12 +99,21 @@ def _seconds_on_cuda(job: Job, steps: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def extra_bytes(step: Callable[[], object], device: str) -> int:
-    """Returns by how much the tensors of a step exceed, at their peak, those alive before it."""
-    return _extra_bytes_on_cuda(step) if device == "cuda" else _extra_bytes_on_cpu(step)
+def extra_bytes(prepare: Callable[[], None], step: Callable[[], object], device: str) -> int:
+    """Returns by how much the tensors of a step exceed, at their peak, those alive before it.
+
+    Args:
+        prepare: puts the inputs in place, and leaves it to the step to free them.
+        step: what is measured; on the CPU it runs twice.
+        device: "cpu" or "cuda".
+    """
+    if device == "cuda":
+        return _extra_bytes_on_cuda(prepare, step)
+    return _extra_bytes_on_cpu(prepare, step)
 
 
-def _extra_bytes_on_cuda(step: Callable[[], object]) -> int:
+def _extra_bytes_on_cuda(prepare: Callable[[], None], step: Callable[[], object]) -> int:
+    prepare()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -112,13 +122,18 @@ def _extra_bytes_on_cuda(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _extra_bytes_on_cpu(step: Callable[[], object]) -> int:
+def _extra_bytes_on_cpu(prepare: Callable[[], None], step: Callable[[], object]) -> int:
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+        # Only what was allocated under the profiler counts when it is freed: a step before the one
+        # that is measured replaces whatever the steps replace.
+        prepare()
         step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+        prepare()
+        with torch.profiler.record_function("measured step"):
+            step()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    names = [event.name() for event in events]
+    sizes = [event.nbytes() if event.name() == "[memory]" else 0 for event in events]
+    first = names.index("measured step")
+    return max(itertools.accumulate(sizes[first:]))

@@ -122,9 +122,9 @@ def _truth(workload: Workload, lamb: float) -> list[Tensor]:
 # 16 of the size of an update.
 U = torch.finfo(torch.float32).eps / 2
 FLOAT32_BOUND = CHECKED_STEPS * U * (4 * 1.1 + 16 * 6 * LR)
-# A mean of size M in bfloat16 is off by at most 2^-7 M, and by 2^-8 M in the root of the mean square
-# since its rounding is stochastic. Two means are stored, LAMB times the one and once the other reach
-# the next update, each over 0.87, and two of the three steps read what was stored.
+# A mean of size M in bfloat16 is off by at most 2^-7 M, and by 2^-8 M in the root of the mean
+# square since its rounding is stochastic. Two means are stored, LAMB times the one and once the
+# other reach the next update, each over 0.87, and two of the three steps read what was stored.
 BF16_RMS = 2**-8 * 2 * (4.5 + LAMB * 1.5) / 0.87 * LR
 # The largest one: every rounding at its bound, in numerator and denominator alike.
 BF16_MAXIMUM = 2 * 2 * BF16_RMS
@@ -185,8 +185,7 @@ def _measure(workload: Workload, kept: list[Variant], rounds: int) -> list[Row]:
     jobs = [Job(variant.name, variant.step, workload.backward) for variant in kept]
     extras = []
     for variant in kept:
-        workload.backward_into_new()
-        extras.append(extra_bytes(variant.step, workload.device))
+        extras.append(extra_bytes(workload.backward_into_new, variant.step, workload.device))
     interleave([*jobs, copy], rounds, workload.device)
     rows = [
         _row(workload, variant, job.seconds, extra)
@@ -233,7 +232,8 @@ def _bytes_ratio(row: Row, other: Row) -> str:
 @pytest.mark.parametrize("name", SIZES)
 def test_adaptive_step(name: str, device: str, run: Run) -> None:
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
+        run.skipped["cuda"] = "torch finds no CUDA device"
+        pytest.skip(run.skipped["cuda"])
     workload = Workload(SIZES[name], device)
     missing: dict[str, str] = {}
     kept = _checked(workload, missing)

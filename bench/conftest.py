@@ -40,7 +40,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     run = config.stash[RUN]
     if not run.tables:
         return
-    terminalreporter.write(run.text(terminalreporter.isatty and terminalreporter.fullwidth))
+    terminalreporter.write(run.text())
     if not config.getoption("--save-results"):
         return
     if exitstatus != 0:

@@ -119,8 +119,8 @@ def _one_minus_exp(x):
 def _atan2_right(y, x):
     """atan2(y, x) for x >= 0; the polynomial is that of csrc/adaptive_step/math.h."""
     tall = tl.abs(y)
-    large = tl.maximum(tall, x)
-    r = tl.where(large > 0, tl.minimum(tall, x) / tl.where(large > 0, large, 1.0), 0.0)
+    small, large = tl.where(tall < x, tall, x), tl.where(tall < x, x, tall)
+    r = tl.where(small == large, tl.where(large > 0, 1.0, 0.0), small / large)
     z = r * r
     total = 0.002849886892 * z - 0.01606861502
     total = total * z + 0.04269149154
@@ -146,8 +146,8 @@ def _value(number, pointer):
 
 @triton.jit
 def _step_block(
-    row, offsets, mask, t, filtering, factor, alpha, fresh, lamb, keep1, beta2, keep2, eps, l2,
-    decay, pace, debias, ema_fresh,
+    row, offsets, mask, t, filtering, seeding, factor, alpha, fresh, lamb, keep1, beta2, keep2, eps,
+    l2, decay, pace, debias, ema_fresh,
     RULE: tl.constexpr, FILTER: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
     MASKED: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr, GROK_EXP_AVG_DTYPE: tl.constexpr,
@@ -166,7 +166,8 @@ def _step_block(
     if FILTER != NO_FILTER:
         if filtering:
             grok_ptr = _pointer(row, GROK_EXP_AVG, GROK_EXP_AVG_DTYPE, ALIGNED)
-            mu = alpha * _load(grok_ptr, offsets, mask, MASKED) + fresh * g
+            mu = _load(grok_ptr, offsets, mask, MASKED)
+            mu = tl.where(seeding, g, alpha * mu + fresh * g)
             _store_state(grok_ptr, offsets, mu, word, 16, mask, MASKED, GROK_EXP_AVG_DTYPE)
             g = g + lamb * (mu if FILTER == EMA else g - mu)
     if RULE == ADAM:
@@ -243,10 +244,9 @@ def adaptive_step_kernel(
     if RULE == ADAM:
         decay = 1.0
     filtering = t > after_step
+    seeding = False
     if FILTER != NO_FILTER:
         seeding = tl.load(tl.load(row + GROK_STEP).to(tl.pointer_type(tl.float32))) == 0
-        alpha = tl.where(seeding, 0.0, alpha)
-        fresh = tl.where(seeding, 1.0, fresh)
 
     if healthy:
         end = tl.minimum(start + chunk, size)
@@ -256,19 +256,17 @@ def adaptive_step_kernel(
             # Two copies of the body: a mask forbids wide loads, and only the last block needs one.
             if first + BLOCK <= size:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1,
-                    beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER,
-                    AVERAGE,
-                    ALIGNED, False, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE,
-                    GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
+                    row, offsets, offsets < size, t, filtering, seeding, factor, alpha, fresh, lamb,
+                    keep1, beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE,
+                    FILTER, AVERAGE, ALIGNED, False, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE,
+                    EXP_AVG_SQ_DTYPE, GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
                 )  # fmt: skip
             else:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, factor, alpha, fresh, lamb, keep1,
-                    beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE, FILTER,
-                    AVERAGE,
-                    ALIGNED, True, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE, EXP_AVG_SQ_DTYPE,
-                    GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
+                    row, offsets, offsets < size, t, filtering, seeding, factor, alpha, fresh, lamb,
+                    keep1, beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE,
+                    FILTER, AVERAGE, ALIGNED, True, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE,
+                    EXP_AVG_SQ_DTYPE, GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
                 )  # fmt: skip
         # Every warp has read its counters before this program counts as done.
         tl.debug_barrier()
@@ -301,7 +299,8 @@ def adaptive_step_rows_(
             -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2),
             1.0 - beta2, eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
             lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
-            RULE=rule, FILTER=filter if filtered else 0, AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
+            RULE=rule, FILTER=filter if filtered else 0,
+            AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
             ALIGNED=bool((same[:, : STEP.value] % 16 == 0).all()), BLOCK=BLOCK,
             **dict(zip(_DTYPES, dtypes.tolist(), strict=True)), num_warps=WARPS,
         )  # fmt: skip
@@ -318,7 +317,7 @@ def _log(beta: float) -> float:
 
 
 def chunk_size(elements: int, processors: int) -> int:
-    """Returns the elements per program: a power of two that gives each processor several programs."""
+    """Returns the elements per program, a power of two that gives each processor several."""
     wanted = triton.next_power_of_2(max(1, elements // (CHUNKS_PER_PROCESSOR * processors)))
     return min(max(wanted, SMALLEST_CHUNK), LARGEST_CHUNK)
 

@@ -88,7 +88,7 @@ PER_CPU void filter_highpass(float* __restrict__ filtered, const float* __restri
 
 // What one tensor needs at one step, rounded once from double.
 struct Plan {
-  bool filtering;
+  bool filtering, seeding;
   float factor;                    // gradient: sign * clip / grad_scale
   float alpha, fresh, lamb;        // filter; fresh = 1 - alpha, and (0, 1) seeds it with the gradient
   float keep1, beta2, keep2, eps;  // moments; keep = 1 - beta
@@ -167,6 +167,7 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, int6
   const Block ema(row.weight_ema, row.weight_ema_dtype, first, size, buffers[5]);
   float* filtered = buffers[6];
 
+  if (plan.seeding) std::fill(grok.values(), grok.values() + size, 0.0f);
   if (!plan.filtering) {
     scale(filtered, grad.values(), plan.factor, size);
   } else {
@@ -202,6 +203,7 @@ Plan make_plan(const Row& row, const Settings& s, double factor) {
   const double decay = s.rule == kAdam ? 1.0 : 1.0 - s.lr * s.weight_decay;
   Plan plan{};
   plan.filtering = filtering;
+  plan.seeding = seeding;
   plan.factor = static_cast<float>(factor);
   plan.alpha = static_cast<float>(alpha);
   plan.fresh = static_cast<float>(1.0 - alpha);

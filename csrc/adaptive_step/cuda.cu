@@ -54,7 +54,7 @@ struct Launch {
 
 // What one tensor needs at one step.
 struct Plan {
-  bool filtering;
+  bool filtering, seeding;
   float factor, alpha, fresh, lamb, l2, decay, pace, debias;
   uint32_t step;
 };
@@ -65,11 +65,11 @@ __device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
   const float step = *reinterpret_cast<const float*>(row.step) + 1;
   const float lr = value(s.lr, s.at.lr), weight_decay = value(s.weight_decay, s.at.weight_decay);
   const bool filtering = s.filter != kNone && row.grok_step != 0 && step > static_cast<float>(s.after_step);
-  const bool seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
   Plan plan;
   plan.filtering = filtering;
   plan.factor = s.sign / value(1.0f, s.at.grad_scale) * value(1.0f, s.at.clip);
-  plan.alpha = seeding ? 0.0f : s.alpha;
+  plan.seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
+  plan.alpha = s.alpha;
   plan.fresh = 1.0f - plan.alpha;
   plan.lamb = value(s.lamb, s.at.lamb);
   plan.l2 = s.rule == kAdam ? weight_decay : 0.0f;
@@ -151,7 +151,7 @@ __device__ void step_values(const DeviceRow& row, const Plan& plan, const Device
   for (int k = 0; k < kWidth; ++k) {
     float x = g.at[k] * plan.factor;
     if (plan.filtering) {
-      mu.at[k] = plan.alpha * mu.at[k] + plan.fresh * x;
+      mu.at[k] = plan.seeding ? x : plan.alpha * mu.at[k] + plan.fresh * x;
       x += plan.lamb * (s.filter == kEma ? mu.at[k] : x - mu.at[k]);
     }
     x += plan.l2 * p.at[k];

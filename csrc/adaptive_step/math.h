@@ -28,7 +28,8 @@ HOST_DEVICE uint32_t random_key(uint32_t step, uint32_t high, uint32_t lane) {
 HOST_DEVICE float atan2_right(float y, float x) {
   const float tall = std::fabs(y);
   const float small = tall < x ? tall : x, large = tall < x ? x : tall;
-  const float r = large > 0 ? small / large : 0.0f;
+  const float diagonal = large > 0 ? 1.0f : 0.0f;  // also where both are infinite
+  const float r = small == large ? diagonal : small / large;
   const float z = r * r;
   float sum = 0.002849886892f;
   sum = sum * z - 0.01606861502f;

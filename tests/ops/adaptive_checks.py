@@ -11,7 +11,16 @@ from trm_fast.ops import Settings, adaptive_step_
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 WRITTEN = ("param", *STATES, "step", "grok_step")
-LISTS = ("param", "grad", "exp_avg", "exp_avg_sq", "step", "grok_exp_avg", "grok_step", "weight_ema")
+LISTS = (
+    "param",
+    "grad",
+    "exp_avg",
+    "exp_avg_sq",
+    "step",
+    "grok_exp_avg",
+    "grok_step",
+    "weight_ema",
+)
 
 # Everything that one tensor brings to a step, by the names of the page.
 Item = dict[str, Tensor]
@@ -91,16 +100,19 @@ def move(s: Settings, t: float, m: Tensor, v: Tensor) -> Tensor:
 
 
 def allowed(item: Item, s: Settings) -> dict[str, Tensor]:
-    """How far float32 arithmetic (float64 for float64 parameters) may be from ``truth``, elementwise.
+    """How far float32 (for float64 parameters: float64) may be from ``truth``, elementwise.
 
     A sum of products is off by at most k * u * (the sum of the absolute values of its terms), where
     k counts the roundings that one term passes, those of the constants included, and u is half of
     eps. k is 3 for g; +3 for mu, +3 for ghat of it, +1 for highpass, +1 for the decay of adam: 11.
     m adds 4 and v, which squares ghat, has 2 * 11 + 4. The move of the parameter grows with m and
     falls with v, so its error is the largest one over the corners of m +- dm and v +- dv, plus 16 u
-    for its own operations (9, of which a GPU rounds division and root to 2 ulp; atan2: 4 ulp and 6).
+    for its own operations (9, of which a GPU rounds division and root to 2 ulp; atan2: 4 ulp, 6 u).
     """
-    u = torch.finfo(torch.float64 if item["param"].dtype == torch.float64 else torch.float32).eps / 2
+    u = (
+        torch.finfo(torch.float64 if item["param"].dtype == torch.float64 else torch.float32).eps
+        / 2
+    )
     tiny = 2.0**-126 if u > 1e-10 else 2.0**-1022  # below it hardware may flush to zero
     lr, wd, lamb = number(s.lr), number(s.weight_decay), number(s.lamb)
     size = {name: item[name].double().abs() for name in ("param", "grad", *STATES) if name in item}
@@ -138,7 +150,7 @@ def stored(error: Tensor, value: Tensor, name: str, dtype: torch.dtype) -> Tenso
     if dtype in (torch.float32, torch.float64) or not error.any():
         return error
     info = torch.finfo(dtype)
-    # Nearest is half a unit; stochastic rounding, and bfloat16 in Triton's interpreter, a whole one.
+    # Nearest is half a unit; stochastic, and bfloat16 in Triton's interpreter, a whole one.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype == torch.bfloat16
     unit = info.eps * (1.0 if name in STATES or interpreted else 0.5)
     return error + unit * (value.abs() + error) + info.smallest_normal * info.eps
@@ -152,8 +164,8 @@ def assert_right(before: Item, after: Item, settings: Settings) -> None:
         off = (after[name].double() - expected).abs()
         wrong = ~(off <= bound)
         assert not wrong.any(), (
-            f"{name} ({before[name].dtype}): {int(wrong.sum())} of {off.numel()} elements are off by up to "
-            f"{(off / bound.clamp(min=1e-300)).max():.3g} times what is allowed"
+            f"{name} ({before[name].dtype}): {int(wrong.sum())} of {off.numel()} elements are off "
+            f"by up to {(off / bound.clamp(min=1e-300)).max():.3g} times what is allowed"
         )
 
 
@@ -166,7 +178,7 @@ def assert_step(items: Sequence[Item], settings: Settings, backend: str) -> None
 
 
 def bits(tensor: Tensor) -> list[int]:
-    """The bytes of a tensor in the order of its elements, so that NaN equals NaN and -0.0 is not 0.0."""
+    """The bytes of the elements in order, so that NaN equals NaN and -0.0 is not 0.0."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
@@ -201,7 +213,7 @@ class Arena:
 
 
 def strides_of(shape: Sequence[int], order: Sequence[int], gap: int = 1) -> tuple[int, ...]:
-    """Strides of dense memory with the dimensions in ``order``, slowest first; ``gap`` spreads it."""
+    """Strides of memory with the dimensions in ``order``, slowest first, ``gap`` apart."""
     lengths = [shape[d] for d in order][1:]
     steps = [gap]
     for n in reversed(lengths):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from trm_fast._dispatch import OPS
 from trm_fast.ops import Settings
 
 from .adaptive_checks import (
@@ -193,10 +194,14 @@ def test_scalars_are_read_at_the_call_and_not_kept(backend, device):
     assert_step([item], settings, backend)
 
 
-@pytest.mark.parametrize("changes", [
-    {"lr": 0.0}, {"beta1": 0.0}, {"beta2": 0.0}, {"beta1": 0.0, "beta2": 0.0}, {"eps": 0.0}, {"alpha": 0.0},
-    {"alpha": 1.0}, {"lamb": 0.0}, {"weight_ema": 0.0}, {"weight_ema": 1.0}, {"weight_decay": 0.0}, {"lr": 50.0},
-], ids=str)  # fmt: skip
+ENDS = [
+    {"lr": 0.0}, {"lr": 50.0}, {"weight_decay": 0.0}, {"beta1": 0.0}, {"beta2": 0.0}, {"eps": 0.0},
+    {"beta1": 0.0, "beta2": 0.0}, {"alpha": 0.0}, {"alpha": 1.0}, {"lamb": 0.0},
+    {"weight_ema": 0.0}, {"weight_ema": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", ENDS, ids=str)
 def test_the_ends_of_each_range_are_right(backend, device, changes):
     assert_step([make(device=device)], settings_with(**changes), backend)
 
@@ -231,7 +236,7 @@ def test_zero_gradients_without_decay_change_no_parameter(backend, device):
 
 
 def test_atan2_is_right_for_every_ratio(backend, device):
-    """With g = 0, betas 1/2 and t = 1 the move is 2 atan2(m / 2, sqrt(v)); the bound is relative."""
+    """With g = 0, betas 1/2 and t = 1 the move is 2 atan2(m / 2, sqrt(v))."""
     heights = torch.logspace(-12, 12, 401, dtype=torch.float64).to(torch.float32)
     item = make((802,), step=0.0, device=device)
     item["grad"].zero_()
@@ -298,3 +303,13 @@ def test_found_inf_does_not_seed_the_filter(backend, device):
     before = copies(item)
     run([item], settings_with(found_inf=torch.ones((), device=device)), backend)
     assert_same_bits(item, before)
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("shape", [(3, 5), (0,), (1025,)], ids=str)
+def test_the_examples_of_the_op_keep_their_tolerance(backend, device, shape, dtype):
+    """What ``trm-fast doctor`` runs on the machines of users."""
+    for name, example in OPS["adaptive_step"].examples(shape, dtype, device).items():
+        errors = example.errors(backend)
+        assert errors.keys() == example.tolerance.keys()
+        assert all(errors[key] <= example.tolerance[key] for key in errors), (name, errors)

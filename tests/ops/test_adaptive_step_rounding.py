@@ -117,7 +117,7 @@ def test_neighbouring_steps_are_rounded_independently(backend, device):
 @pytest.mark.parametrize("name", ["grok_exp_avg", "exp_avg", "weight_ema"])
 def test_a_mean_moves_though_each_step_is_less_than_a_unit(backend, device, name):
     """A step moves the mean by at most 0.02 * 0.1, a quarter of a unit: nearest would stay at 1."""
-    size, steps, kept = 4096, 40, 0.98
+    size, steps, kept = 4096, 20, 0.98
     item = make((size,), states=torch.bfloat16, step=9.0, device=device)
     for tensor in ("param", "grad"):
         item[tensor].fill_(1.1)
@@ -132,7 +132,7 @@ def test_a_mean_moves_though_each_step_is_less_than_a_unit(backend, device, name
     assert abs(item[name].double().mean().item() - expected) < 5 * deviation / math.sqrt(size)
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.0, -0.0, 1.5, -(2.0**-133)])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 0.0, 1.5, -(2.0**-133)])
 def test_what_bfloat16_holds_is_stored_exactly(backend, device, value):
     item = exact_item(1025, 5.0, device)
     item["grad"].fill_(value)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .torch_checks import (
+    FILTERS,
     Options,
     assert_same,
     assert_within,
@@ -26,6 +27,15 @@ from .torch_checks import (
 )
 
 pytestmark = needs_cuda
+
+
+@pytest.fixture(autouse=True, scope="module")
+def warm() -> None:
+    """Libraries load and kernels compile at their first call, which no graph can capture."""
+    if torch.cuda.is_available():
+        for kwargs in FILTERS.values():
+            params = on_cuda(make_params())
+            train(build(params, capturable=True, **kwargs), make_grads(params, steps=1))
 
 
 def on_cuda(params: Sequence[Parameter]) -> list[Parameter]:
@@ -174,9 +184,9 @@ def test_lr_on_the_cpu_equals_lr_on_the_device(kwargs: Options) -> None:
 @each_float
 @each_filter
 def test_cuda_step_equals_cpu_step(kwargs: Options, dtype: torch.dtype) -> None:
-    """One step from equal values. Two runs of 10 roundings in float32 (float64 for float64) of a
-    parameter plus an update of at most (1 + 2 * lamb) * lr before the moments have a history, and
-    one rounding to the dtype, which is an ulp where the two lie on two sides of a tie."""
+    """Of the first step, whose update is lr in size. Two runs of 10 roundings, half an ulp each, in
+    float32 (float64 for float64), and one to the dtype of the parameter, which is an ulp where the
+    two lie on two sides of a tie."""
     params = make_params(dtype)
     copies = on_cuda(params)
     row = make_grads(params, steps=1)
@@ -184,7 +194,7 @@ def test_cuda_step_equals_cpu_step(kwargs: Options, dtype: torch.dtype) -> None:
     train(build(copies, lr=0.01, **kwargs), to_cuda(row))
     math = torch.float64 if dtype == torch.float64 else torch.float32
     for param, copy in zip(params, copies, strict=True):
-        size = param.detach().double().abs() + 0.05
+        size = param.detach().double().abs() + 0.01
         bound = 10 * torch.finfo(math).eps * size
         if dtype != math:
             bound = bound + torch.finfo(dtype).eps * size

@@ -40,31 +40,20 @@ and imoneoi/adam-atan2 at 42a1aeb; ``mix`` is "lowbias32" of C. Wellons' hash-pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from operator import attrgetter
+from math import inf
+from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trm_fast import _native
 from trm_fast._dispatch import Example, Op
-from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
+from trm_fast.ops._adaptive_tensors import AdaptiveStep
+from trm_fast.ops._tensors import is_dense
 
 RULES = ("adamw", "adam", "atan2")
 FILTERS = ("none", "ema", "highpass")
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-STATE_STORAGE = (torch.float32, torch.bfloat16)
-
-# One row of the table per tensor; csrc/adaptive_step/table.h reads the same columns. Addresses are
-# 0 where absent.
-COLUMNS = (
-    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "step", "grok_step",
-    "size", "param_dtype", "grad_dtype",
-    "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype", "weight_ema_dtype",
-)  # fmt: skip
-
 Scalar = float | Tensor
 
 
@@ -112,30 +101,41 @@ class Settings:
     owner: str = "adaptive_step_"  # who speaks in an error
 
     def __post_init__(self) -> None:
-        self._one_of("rule", RULES)
-        self._one_of("filter", FILTERS)
+        self._require(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
+        self._require(self.filter in FILTERS, "filter", f"one of {', '.join(FILTERS)}")
         for name in ("lr", "weight_decay", "lamb"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 self._require(value.numel() == 1, name, "a number or a tensor of one element")
                 setattr(self, name, value.reshape(()))
             else:
-                self._require(isfinite(value) and value >= 0, name, "finite and >= 0")
-        self._require(isfinite(self.eps) and self.eps >= 0, "eps", "finite and >= 0")
-        self._require(0 <= self.beta1 < 1, "beta1", "in [0, 1)")
-        self._require(0 <= self.beta2 < 1, "beta2", "in [0, 1)")
-        self._require(0 <= self.alpha <= 1, "alpha", "in [0, 1]")
-        self._require(0 <= self.weight_ema <= 1, "weight_ema", "in [0, 1]")
-        self._require(self.after_step >= 0, "after_step", ">= 0")
+                self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
+        for name in ("grad_scale", "found_inf", "clip"):
+            if (value := getattr(self, name)) is not None:
+                self._require_scalar_tensor(name, value)
+        for name in ("eps", "after_step"):
+            self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
+        for name in ("beta1", "beta2"):
+            self._require(0 <= self._number(name) < 1, name, "in [0, 1)")
+        for name in ("alpha", "weight_ema"):
+            self._require(0 <= self._number(name) <= 1, name, "in [0, 1]")
 
-    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
-        self._require(getattr(self, name) in known, name, f"one of {', '.join(known)}")
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) and not isinstance(value, Real):
+            raise TypeError(f"{self.owner}: {name} must be a number; got {value!r}")
+        return value  # type: ignore[return-value]
+
+    def _require_scalar_tensor(self, name: str, value: object) -> None:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self.owner}: {name} must be a tensor or None; got {value!r}")
+        self._require(value.numel() == 1, name, "a tensor of one element")
+        setattr(self, name, value.reshape(()))
 
     def _require(self, holds: bool, name: str, required: str) -> None:
         if not holds:
-            raise ValueError(
-                f"{self.owner}: {name} must be {required}; got {getattr(self, name)!r}"
-            )
+            came = getattr(self, name)
+            raise ValueError(f"{self.owner}: {name} must be {required}; got {came!r}")
 
     def arguments(self, device: torch.device) -> tuple[Any, ...]:
         """Returns the scalars in the order of the schema, for tensors on ``device``."""
@@ -153,187 +153,26 @@ class Settings:
     @classmethod
     def from_arguments(cls, *arguments: Any) -> "Settings":
         """Reverses ``arguments``."""
-        rule, filter_, *numbers = arguments[:12]
-        values = [at if at is not None else value for value, at in zip(
-            (numbers[0], numbers[4], numbers[6]), arguments[12:15], strict=True)]  # fmt: skip
-        numbers[0], numbers[4], numbers[6] = values
-        lr, beta1, beta2, eps, weight_decay, alpha, lamb, after_step, maximize, weight_ema = numbers
+        rule, filter, lr, beta1, beta2, eps, weight_decay, alpha, lamb, *rest = arguments
+        after_step, maximize, weight_ema, lr_at, weight_decay_at, lamb_at, *optional = rest
         return cls(
-            lr, beta1, beta2, eps, weight_decay, RULES[rule], FILTERS[filter_], alpha, lamb,
-            after_step, maximize, weight_ema, *arguments[15:],
+            lr if lr_at is None else lr_at, beta1, beta2, eps,
+            weight_decay if weight_decay_at is None else weight_decay_at,
+            RULES[rule], FILTERS[filter], alpha, lamb if lamb_at is None else lamb_at,
+            after_step, maximize, weight_ema, *optional,
         )  # fmt: skip
 
 
 def _split(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
     """Returns a number, or a tensor for the device to read, because the host must not wait."""
-    if not isinstance(value, Tensor):
+    if torch.compiler.is_compiling():
+        # A number would be burnt into the graph, and each new learning rate would compile again.
+        value = value if isinstance(value, Tensor) else torch.full((), value)
+    elif not isinstance(value, Tensor):
         return value, None
-    waits = value.device.type != "cpu" or torch.compiler.is_compiling()
-    return (0.0, value.to(device, torch.float32)) if waits else (float(value), None)
-
-
-def _require(holds: bool, argument: str, required: str, came: object) -> None:
-    if not holds:
-        raise ValueError(f"adaptive_step_: {argument} must be {required}; got {came!r}")
-
-
-class AdaptiveStep:
-    """The tensors of a step, checked once and kept; called with the gradients of each step.
-
-    Args and errors: as ``adaptive_step_``. ``grads`` stands for the gradients of all later calls,
-        whose dtypes must be the
-    same; ``fits`` tells whether they are, and whether the parameters still lie where they lay.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        grok_exp_avgs: Sequence[Tensor] = (),
-        grok_steps: Sequence[Tensor] = (),
-        weight_emas: Sequence[Tensor] = (),
-        *,
-        backend: str | None = None,
-    ) -> None:
-        self.params = params
-        self.states = {
-            "exp_avg": exp_avgs,
-            "exp_avg_sq": exp_avg_sqs,
-            "grok_exp_avg": grok_exp_avgs,
-            "weight_ema": weight_emas,
-        }
-        self.counters = {"step": steps, "grok_step": grok_steps}
-        _check_tensors(params, grads, self.states, self.counters)
-        self.device = params[0].device if params else torch.device("cpu")
-        self.written = [*params, *(t for tensors in self.states.values() for t in tensors)]
-        dtypes = frozenset(t.dtype for t in (*self.written, *grads))
-        self.choice = _op.choose(self.device.type, dtypes, backend)
-        self._kinds = list(map(_kind, grads))
-        self._addresses = list(map(Tensor.data_ptr, params))
-        self._contiguous = all(map(Tensor.is_contiguous, params))
-        self._scattered = [i for i, param in enumerate(params) if not is_dense(param)]
-        self._table: Tensor | None = None
-
-    def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Returns whether ``grads`` have the expected dtypes and ``params`` lie where they lay."""
-        return (
-            list(map(_kind, grads)) == self._kinds
-            and list(map(Tensor.data_ptr, params)) == self._addresses
-        )
-
-    def __call__(self, grads: Sequence[Tensor], settings: Settings) -> None:
-        """Takes one step; ``grads`` must fit."""
-        if self.params:
-            self.choice.run(self, grads, settings)
-
-    def run_on_rows(
-        self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: Settings
-    ) -> None:
-        """Calls a kernel that walks memory by address; other orders of memory go through copies."""
-        table = self._rows()
-        columns = table.numpy()
-        if not (self._contiguous and all(map(Tensor.is_contiguous, grads))):
-            grads = [
-                in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)
-            ]
-        columns[:, COLUMNS.index("grad")] = list(map(Tensor.data_ptr, grads))
-        copies = {i: self.params[i].contiguous() for i in self._scattered}
-        for i, copy in copies.items():
-            columns[i, COLUMNS.index("param")] = copy.data_ptr()
-        kernel(table, self._ticket, *settings.arguments(self.device))
-        for i, copy in copies.items():
-            self.params[i].copy_(copy)
-        torch.autograd.graph.increment_version(self.written)
-
-    def _rows(self) -> Tensor:
-        if self._table is None:
-            filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
-            filled["grad_dtype"] = [STORAGE.index(dtype) for dtype, _ in self._kinds]
-            for name, tensors in ({"param": self.params} | self.states | self.counters).items():
-                filled[name] = [tensor.data_ptr() for tensor in tensors]
-                if name not in self.counters:
-                    filled[f"{name}_dtype"] = [STORAGE.index(tensor.dtype) for tensor in tensors]
-            absent = [0] * len(self.params)
-            columns = [filled.get(name) or absent for name in COLUMNS]
-            self._table = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
-            on_gpu = self.device.type == "cuda"
-            # Counts the thread blocks that are done, so that the last one may advance the step
-            # counters.
-            self._ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
-        return self._table
-
-
-_kind = attrgetter("dtype", "layout")
-
-
-def _check_tensors(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    states: dict[str, Sequence[Tensor]],
-    counters: dict[str, Sequence[Tensor]],
-) -> None:
-    for name, tensors in {"grads": grads, **states, **counters}.items():
-        optional = name in ("grok_exp_avg", "grok_step", "weight_ema")
-        fits = len(tensors) == len(params) or (optional and not tensors)
-        _require(fits, name, f"of {len(params)} tensors, one for each parameter", len(tensors))
-    _require(
-        len(states["grok_exp_avg"]) == len(counters["grok_step"]),
-        "grok_step", "given together with grok_exp_avg", len(counters["grok_step"]),
-    )  # fmt: skip
-    for index, param in enumerate(params):
-        _check_param(index, param, params[0].device)
-        _check_like(f"grads[{index}]", grads[index], param, STORAGE)
-        for name, tensors in states.items():
-            if tensors:
-                _check_like(f"{name}[{index}]", tensors[index], param, STATE_STORAGE)
-                _check_layout(f"{name}[{index}]", tensors[index], param)
-        for name, tensors in counters.items():
-            if tensors:
-                _check_counter(f"{name}[{index}]", tensors[index], param.device)
-    if params and params[0].device.type == "meta":
-        return
-    written = [*params, *(t for tensors in (*states.values(), *counters.values()) for t in tensors)]
-    _require(
-        not overlap(written, grads), "written tensors", "disjoint in memory", "two that overlap"
-    )
-
-
-def _check_param(index: int, param: Tensor, device: torch.device) -> None:
-    name = f"params[{index}]"
-    if param.dtype not in (*STORAGE, torch.float64):
-        raise TypeError(
-            f"adaptive_step_: {name} must be a floating point tensor; got {param.dtype}"
-        )
-    _require(param.device == device, name, f"on {device} as params[0]", str(param.device))
-
-
-def _check_like(name: str, tensor: Tensor, param: Tensor, storage: tuple[torch.dtype, ...]) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {tensor.layout}")
-    allowed = (torch.float64,) if param.dtype == torch.float64 else storage
-    if tensor.dtype not in allowed:
-        raise TypeError(
-            f"adaptive_step_: {name} must be one of {allowed} for a {param.dtype} parameter; "
-            f"got {tensor.dtype}"
-        )
-    matches = tensor.shape == param.shape and tensor.device == param.device
-    required = f"{tuple(param.shape)} on {param.device} as its parameter"
-    _require(matches, name, required, f"{tuple(tensor.shape)} on {tensor.device}")
-
-
-def _check_layout(name: str, tensor: Tensor, param: Tensor) -> None:
-    wanted = param if is_dense(param) else torch.empty(param.shape, device="meta")
-    required = f"of strides {wanted.stride()}, in the memory order of its parameter"
-    _require(same_order(tensor, wanted), name, required, tensor.stride())
-
-
-def _check_counter(name: str, tensor: Tensor, device: torch.device) -> None:
-    fits = tensor.dtype == torch.float32 and tensor.dim() == 0 and tensor.device == device
-    came = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-    _require(fits, name, f"a float32 tensor of shape () on {device}", came)
+    elif value.device.type == "cpu":
+        return float(value), None
+    return 0.0, value.to(device, torch.float32)
 
 
 def adaptive_step_(
@@ -477,7 +316,9 @@ def _write(
 ) -> None:
     """Stores ``value`` where ``keep`` holds; ``bits`` is (t, lane, shift) of its random bits."""
     if bits is not None and target.dtype == torch.bfloat16:
-        value = _round_stochastically(value, _random_words(target, bits[0], bits[1]) >> bits[2])
+        value = _round_stochastically(
+            value.float(), _random_words(target, bits[0], bits[1]) >> bits[2]
+        )
     value = value.to(target.dtype)
     target.copy_(value if keep is None else torch.where(keep, value, target))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from trm_fast._dispatch import check_name
+from trm_fast.ops._adaptive_tensors import STATE_STORAGE, AdaptiveStep
 from trm_fast.ops._tensors import in_order_of, is_dense
-from trm_fast.ops.adaptive_step import STATE_STORAGE, AdaptiveStep, Settings, adaptive_step_
+from trm_fast.ops.adaptive_step import Settings, adaptive_step_
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 COUNTERS = ("step", "grok_step")

@@ -1,0 +1,199 @@
+"""The tensors of an adaptive step: their checks, and the table of addresses that kernels read.
+
+The meaning of the step is in trm_fast/ops/adaptive_step.py.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trm_fast._dispatch import OPS
+from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
+
+if TYPE_CHECKING:
+    from trm_fast.ops.adaptive_step import Settings
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+STATE_STORAGE = (torch.float32, torch.bfloat16)
+
+# One row of the table per tensor; csrc/adaptive_step/table.h reads the same columns. Addresses are
+# 0 where absent.
+COLUMNS = (
+    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "step", "grok_step",
+    "size", "param_dtype", "grad_dtype",
+    "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype", "weight_ema_dtype",
+)  # fmt: skip
+
+
+class AdaptiveStep:
+    """The tensors of a step, checked once and kept; called with the gradients of each step.
+
+    Args and errors: as ``adaptive_step_``. ``grads`` stands for the gradients of all later calls,
+    whose dtypes must be the same; ``fits`` tells whether they are, and whether the parameters still
+    lie where they lay.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        grok_exp_avgs: Sequence[Tensor] = (),
+        grok_steps: Sequence[Tensor] = (),
+        weight_emas: Sequence[Tensor] = (),
+        *,
+        backend: str | None = None,
+    ) -> None:
+        self.params = params
+        self.states = {
+            "exp_avg": exp_avgs,
+            "exp_avg_sq": exp_avg_sqs,
+            "grok_exp_avg": grok_exp_avgs,
+            "weight_ema": weight_emas,
+        }
+        self.counters = {"step": steps, "grok_step": grok_steps}
+        _check_tensors(params, grads, self.states, self.counters)
+        self.device = params[0].device if params else torch.device("cpu")
+        self._written = [*params, *chain(*self.states.values()), *chain(*self.counters.values())]
+        dtypes = frozenset(t.dtype for t in (*params, *grads, *chain(*self.states.values())))
+        self.choice = OPS["adaptive_step"].choose(self.device.type, dtypes, backend)
+        self._kinds = list(map(_kind, grads))
+        self._contiguous = all(map(Tensor.is_contiguous, params))
+        self._places = self._where(params)
+        self._scattered = [i for i, param in enumerate(params) if not is_dense(param)]
+        self._table: Tensor | None = None
+
+    def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+        """Returns whether ``grads`` have the expected dtypes and ``params`` lie where they lay."""
+        return list(map(_kind, grads)) == self._kinds and self._where(params) == self._places
+
+    def _where(self, params: Sequence[Tensor]) -> tuple[object, ...]:
+        if self._contiguous and all(map(Tensor.is_contiguous, params)):
+            return list(map(Tensor.data_ptr, params)), list(map(_shape, params))
+        return tuple((param.data_ptr(), param.shape, param.stride()) for param in params)
+
+    def __call__(self, grads: Sequence[Tensor], settings: "Settings") -> None:
+        """Takes one step; ``grads`` must fit."""
+        if self.params:
+            self.choice.run(self, grads, settings)
+
+    def run_on_rows(
+        self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: "Settings"
+    ) -> None:
+        """Calls a kernel that walks memory by address; other orders of memory go through copies."""
+        table = self._rows()
+        columns = table.numpy()
+        plain = self._contiguous and all(map(Tensor.is_contiguous, grads))
+        if not plain or any(map(Tensor.is_neg, grads)):
+            grads = [
+                in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)
+            ]
+        columns[:, COLUMNS.index("grad")] = list(map(Tensor.data_ptr, grads))
+        copies = {i: self.params[i].contiguous() for i in self._scattered}
+        for i, copy in copies.items():
+            columns[i, COLUMNS.index("param")] = copy.data_ptr()
+        kernel(table, self._ticket, *settings.arguments(self.device))
+        for i, copy in copies.items():
+            self.params[i].copy_(copy)
+        torch.autograd.graph.increment_version(self._written)
+
+    def _rows(self) -> Tensor:
+        if self._table is None:
+            filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
+            filled["grad_dtype"] = [STORAGE.index(dtype) for dtype, _ in self._kinds]
+            for name, tensors in ({"param": self.params} | self.states | self.counters).items():
+                filled[name] = [tensor.data_ptr() for tensor in tensors]
+                if name not in self.counters:
+                    filled[f"{name}_dtype"] = [STORAGE.index(tensor.dtype) for tensor in tensors]
+            absent = [0] * len(self.params)
+            columns = [filled.get(name) or absent for name in COLUMNS]
+            self._table = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
+            on_gpu = self.device.type == "cuda"
+            # Counts the blocks that are done, so that the last one may advance the step counters.
+            self._ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
+        return self._table
+
+
+_kind = attrgetter("dtype", "layout")
+_shape = attrgetter("shape")
+
+
+def _check_tensors(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: dict[str, Sequence[Tensor]],
+    counters: dict[str, Sequence[Tensor]],
+) -> None:
+    for name, tensors in {"grads": grads, **states, **counters}.items():
+        optional = name in ("grok_exp_avg", "grok_step", "weight_ema")
+        fits = len(tensors) == len(params) or (optional and not tensors)
+        _require(fits, name, f"of {len(params)} tensors, one for each parameter", len(tensors))
+    _require(
+        len(states["grok_exp_avg"]) == len(counters["grok_step"]),
+        "grok_step", "given together with grok_exp_avg", len(counters["grok_step"]),
+    )  # fmt: skip
+    for index, param in enumerate(params):
+        _check_param(index, param, params[0].device)
+        _check_like(f"grads[{index}]", grads[index], param, STORAGE)
+        for name, tensors in states.items():
+            if tensors:
+                _check_like(f"{name}[{index}]", tensors[index], param, STATE_STORAGE)
+                _check_layout(f"{name}[{index}]", tensors[index], param)
+        for name, tensors in counters.items():
+            if tensors:
+                _check_counter(f"{name}[{index}]", tensors[index], param.device)
+    if params and params[0].device.type == "meta":
+        return
+    written = [*params, *chain(*states.values()), *chain(*counters.values())]
+    _require(
+        not overlap(written, grads), "written tensors", "disjoint in memory", "two that overlap"
+    )
+
+
+def _check_param(index: int, param: Tensor, device: torch.device) -> None:
+    name = f"params[{index}]"
+    if param.dtype not in (*STORAGE, torch.float64):
+        raise TypeError(
+            f"adaptive_step_: {name} must be a floating point tensor; got {param.dtype}"
+        )
+    if param.layout != torch.strided:
+        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {param.layout}")
+    _require(param.device == device, name, f"on {device} as params[0]", str(param.device))
+
+
+def _check_like(name: str, tensor: Tensor, param: Tensor, storage: tuple[torch.dtype, ...]) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {tensor.layout}")
+    allowed = (torch.float64,) if param.dtype == torch.float64 else storage
+    if tensor.dtype not in allowed:
+        raise TypeError(
+            f"adaptive_step_: {name} must be one of {allowed} for a {param.dtype} parameter; "
+            f"got {tensor.dtype}"
+        )
+    matches = tensor.shape == param.shape and tensor.device == param.device
+    required = f"{tuple(param.shape)} on {param.device} as its parameter"
+    _require(matches, name, required, f"{tuple(tensor.shape)} on {tensor.device}")
+
+
+def _check_layout(name: str, tensor: Tensor, param: Tensor) -> None:
+    wanted = param if is_dense(param) else torch.empty(param.shape, device="meta")
+    required = f"of strides {wanted.stride()}, in the memory order of its parameter"
+    _require(same_order(tensor, wanted), name, required, tensor.stride())
+
+
+def _check_counter(name: str, tensor: Tensor, device: torch.device) -> None:
+    fits = tensor.dtype == torch.float32 and tensor.dim() == 0 and tensor.device == device
+    came = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    _require(fits, name, f"a float32 tensor of shape () on {device}", came)
+
+
+def _require(holds: bool, argument: str, required: str, came: object) -> None:
+    if not holds:
+        raise ValueError(f"adaptive_step_: {argument} must be {required}; got {came!r}")
