@@ -154,6 +154,16 @@ def test_after_step_withholds_the_filter_until_it_is_passed(backend, device):
         assert item["grok_step"] == filtered
 
 
+def test_after_step_is_compared_with_the_counter_of_each_tensor(backend, device):
+    counts = ((0, 0), (9, 3), (2, 0), (3, 0))
+    items = [
+        make((40,), seed=i, step=float(t), grok_step=float(k), device=device)
+        for i, (t, k) in enumerate(counts)
+    ]
+    assert_step(items, settings_with(after_step=3), backend)
+    assert [float(item["grok_step"]) for item in items] == [0, 4, 0, 1]
+
+
 def test_the_first_active_step_seeds_after_after_step(backend, device):
     item = make(step=2.0, grok_step=0.0, device=device)
     run([item], settings_with(after_step=2), backend)

@@ -161,14 +161,32 @@ def test_withheld_filter_states_keep_their_bits(backend, device):
     assert bits(item["grok_exp_avg"]) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_parameters_are_rounded_to_nearest(backend, device, dtype):
-    """Only the interpreter of Triton rounds bfloat16 towards zero."""
+def skip_where_bfloat16_is_truncated(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
     if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16; a GPU shows the rounding")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_are_rounded_to_nearest(backend, device, dtype):
+    skip_where_bfloat16_is_truncated(backend, device, dtype)
     item = make((1025,), dtype, torch.float32, device=device)
     exact = {k: v.float() if k == "param" else v for k, v in copies(item).items()}
     settings = Settings(1e-2, weight_decay=0.1)
     run([item], settings, backend)
     run([exact], settings, backend)
     assert bits(item["param"]) == bits(exact["param"].to(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "units"), [(torch.bfloat16, 128), (torch.float16, 1024)])
+@pytest.mark.parametrize("lost", [2.5, 7.5])
+def test_parameters_halfway_are_rounded_to_even(backend, device, dtype, units, lost):
+    """The decay takes 2.5 or 7.5 units from 1.25, which is 0 modulo 4 units."""
+    skip_where_bfloat16_is_truncated(backend, device, dtype)
+    item = without(make((5,), dtype, device=device), "grok_exp_avg", "grok_step", "weight_ema")
+    for name in ("grad", "exp_avg", "exp_avg_sq"):
+        item[name].zero_()
+    item["param"].fill_(1.25)
+    run([item], Settings(1.0, weight_decay=lost / units / 1.25), backend)
+    assert set(item["param"].tolist()) == {1.25 - {2.5: 2, 7.5: 8}[lost] / units}

@@ -57,35 +57,36 @@ def step_bounds(before: Row, after: Row, grad: Tensor, group: Options) -> dict[s
     """How far two right implementations can be apart after one step from equal values.
 
     Every value is a chain of at most 8 roundings, of half an ulp in each of the two: 8 eps times
-    the largest terms that enter it. `size` is the sum of the terms of the filtered gradient, which
-    may cancel. A 16-bit parameter is rounded once, from float32: an ulp if the two float32 values
-    lie on two sides of a tie. Results below the normal range have an absolute ulp instead.
+    the terms that enter it. `size` is the sum of the terms of the filtered gradient, which may
+    cancel. A 16-bit value is rounded once, from float32: an ulp if the two float32 values lie on
+    two sides of a tie. Results below the normal range have an absolute ulp instead.
     """
     old, new = ({k: v.double().abs() for k, v in row.items()} for row in (before, after))
     mean = new.get("grok_exp_avg", torch.zeros(()))
     decay = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
     grad = grad.double().abs()
     size = grad + group["lamb"] * (grad + mean) + decay * old["param"]
-    beta1, beta2 = group["betas"]
+    (beta1, beta2), alpha = group["betas"], group["alpha"]
     step = after["step"].item()
-    moment = old["exp_avg"] / (1 - beta1**step) + size
-    update = group["lr"] * moment / ((new["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"])
 
-    def eps(key: str, roundings: int = 8) -> float:
+    def eps(key: str) -> float:
         dtype = after[key].dtype
-        return torch.finfo(dtype).eps * (roundings if dtype.itemsize >= 4 else 1)
+        return torch.finfo(dtype).eps * (8 if dtype.itemsize >= 4 else 1)
 
-    bounds = {
-        "param": eps("param") * (old["param"] + new["param"]) + 8 * eps("exp_avg") * update,
-        "exp_avg": 8 * eps("exp_avg") * (old["exp_avg"] + size),
-        "exp_avg_sq": 8 * eps("exp_avg_sq") * (old["exp_avg_sq"] + size**2),
-        "step": torch.zeros(()),
+    terms = {
+        "exp_avg": old["exp_avg"] + (1 - beta1) * size,
+        "exp_avg_sq": old["exp_avg_sq"] + (1 - beta2) * size**2,
     }
     if "grok_exp_avg" in after:
-        bounds["grok_exp_avg"] = 8 * eps("grok_exp_avg") * (old["grok_exp_avg"] + grad)
-        bounds["grok_step"] = torch.zeros(())
+        seeding = before["grok_step"] == 0
+        terms["grok_exp_avg"] = old["grok_exp_avg"] + grad * (1 if seeding else 1 - alpha)
+    bounds = {key: eps(key) * value for key, value in terms.items()}
+    root = (new["exp_avg_sq"] / (1 - beta2**step)).sqrt()
+    update = group["lr"] / (1 - beta1**step) * terms["exp_avg"] / (root + group["eps"])
+    bounds["param"] = eps("param") * (old["param"] + new["param"]) + eps("exp_avg") * update
     tiny = {key: torch.finfo(after[key].dtype).smallest_normal for key in bounds}
-    return {key: bound + eps(key) * tiny[key] for key, bound in bounds.items()}
+    bounds = {key: bound + eps(key) * tiny[key] for key, bound in bounds.items()}
+    return bounds | {key: torch.zeros(()) for key in ("step", "grok_step") if key in after}
 
 
 @torch.no_grad()

@@ -275,6 +275,7 @@ def _step_one(
     real = torch.float64 if param.dtype == torch.float64 else torch.float32
     keep = None if s.found_inf is None else s.found_inf.to(param.device) == 0
     t = step.double() + 1
+    lr, weight_decay, lamb = map(_double, (s.lr, s.weight_decay, s.lamb))
     p, m, v = param.to(real, copy=torch.is_grad_enabled()), exp_avg.to(real), exp_avg_sq.to(real)
 
     g = grad.to(real)
@@ -288,18 +289,18 @@ def _step_one(
         active = t > s.after_step
         mu = torch.where(grok_step == 0, g, s.alpha * grok_exp_avg.to(real) + (1 - s.alpha) * g)
         slow = mu if s.filter == "ema" else g - mu
-        g = torch.where(active, g + s.lamb * slow, g)
+        g = torch.where(active, g + lamb * slow, g)
         mu = torch.where(active, mu, grok_exp_avg.to(real))
         _write(grok_exp_avg, mu, keep, bits=(t, 0, 16))
         _write(grok_step, torch.where(active, grok_step + 1, grok_step), keep)
     if s.rule == "adam":
-        g = g + s.weight_decay * p
+        g = g + weight_decay * p
     else:
-        p = p * (1 - s.lr * s.weight_decay)
+        p = p * (1 - lr * weight_decay)
     m = m + (1 - s.beta1) * (g - m)
     v = s.beta2 * v + (1 - s.beta2) * g * g
     vhat = v.sqrt() * (1 / (1 - s.beta2**t).sqrt())
-    pace = s.lr / (1 - s.beta1**t)
+    pace = lr / (1 - s.beta1**t)
     p = p - (pace * torch.atan2(m, vhat) if s.rule == "atan2" else pace * m / (vhat + s.eps))
 
     if weight_ema is not None:
@@ -309,6 +310,11 @@ def _step_one(
     _write(exp_avg_sq, v, keep, bits=(t, 1, 0))
     _write(param, p, keep)
     _write(step, t, keep)
+
+
+def _double(value: Scalar) -> Scalar:
+    """Returns a tensor in float64, so that scalars are multiplied as exactly as numbers are."""
+    return value.double() if isinstance(value, Tensor) else value
 
 
 def _write(
