@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from trm_fast._version import __version__
 
 if TYPE_CHECKING:
-    from trm_fast._dispatch import backends, use_backend
+    from trm_fast._dispatch import use_backend
     from trm_fast._errors import BackendError
+    from trm_fast.ops import backends
     from trm_fast.optim import GrokFastAdamW
 
 __all__ = ["BackendError", "GrokFastAdamW", "__version__", "backends", "use_backend"]
@@ -16,7 +17,7 @@ __all__ = ["BackendError", "GrokFastAdamW", "__version__", "backends", "use_back
 _HOME = {
     "BackendError": "trm_fast._errors",
     "GrokFastAdamW": "trm_fast.optim",
-    "backends": "trm_fast._dispatch",
+    "backends": "trm_fast.ops",
     "use_backend": "trm_fast._dispatch",
 }
 

@@ -241,8 +241,6 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Fallbacks that
     happened in this process stand under the key "fallbacks" of their op, as call to reason.
     """
-    import trm_fast.ops  # noqa: F401 (registers every op)
-
     table: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS.values():
         table[op.name] = {device: _states(op, device) for device in op.order}

@@ -33,7 +33,10 @@ def unusable(backend: str) -> str | None:
         torch.ops.load_library(str(file))
     except OSError as error:
         return f"{file.name} cannot be opened: {error}"
-    built_for = getattr(torch.ops.trm_fast, revision)()
+    try:
+        built_for = getattr(torch.ops.trm_fast, revision)()
+    except NotImplementedError:
+        return f"{file.name} does not tell its revision: re{rebuild}"
     if built_for != REVISION:
         return f"{file.name} has revision {built_for}, this source needs {REVISION}: re{rebuild}"
     return None

@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import torch
 
-    import trm_fast.ops  # noqa: F401 (registers every op)
-    from trm_fast._dispatch import BACKENDS, OPS
+    from trm_fast._dispatch import BACKENDS
+    from trm_fast.ops import OPS
 
     if args.op not in OPS:
         raise ValueError(f"explain: unknown op {args.op!r}{suggest(args.op, OPS)}")

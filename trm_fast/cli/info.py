@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from trm_fast import _native
-    from trm_fast._dispatch import backends
+    from trm_fast.ops import backends
 
     print(f"trm_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("packages:  " + ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))

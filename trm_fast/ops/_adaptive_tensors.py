@@ -165,6 +165,8 @@ def _check_param(index: int, param: Tensor, device: torch.device) -> None:
         )
     if param.layout != torch.strided:
         raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {param.layout}")
+    if param.is_inference() and not torch.is_inference_mode_enabled():
+        _require(False, name, "a normal tensor outside inference mode", "an inference tensor")
     _require(param.device == device, name, f"on {device} as params[0]", str(param.device))
 
 

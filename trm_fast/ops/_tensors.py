@@ -37,27 +37,45 @@ def in_order_of(tensor: Tensor, other: Tensor) -> Tensor:
 
 def overlap(written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> bool:
     """Returns whether an element of a written tensor shares memory with any other element."""
-    written = [tensor for tensor in written if tensor.numel()]
-    read = [tensor for tensor in read if tensor.numel()]
-    if all(map(is_dense, written)) and not _spans_meet(written, read):
+    tensors = [(*_span(t), True, t) for t in written if t.numel()]
+    tensors += [(*_span(t), False, t) for t in read if t.numel()]
+    return any(map(_share, _neighbourhoods(sorted(tensors, key=lambda item: item[:3]))))
+
+
+_Item = tuple[int, int, bool, Tensor]  # first address, address behind the last, written, tensor
+
+
+def _neighbourhoods(items: list[_Item]) -> list[list[_Item]]:
+    """Returns the tensors, sorted by address, in groups whose spans of memory hang together."""
+    groups: list[list[_Item]] = []
+    end = 0
+    for item in items:
+        if item[0] >= end:
+            groups.append([])
+        groups[-1].append(item)
+        end = max(end, item[1])
+    return groups
+
+
+def _share(group: list[_Item]) -> bool:
+    written = [tensor for *_, is_written, tensor in group if is_written]
+    read = [tensor for *_, is_written, tensor in group if not is_written]
+    if not written or (len(group) == 1 and not _may_repeat(written[0])):
         return False
     # Rare: views with gaps may lie between each other without sharing an element.
-    unit = gcd(*(tensor.element_size() for tensor in (*written, *read)))
+    unit = gcd(*(tensor.element_size() for *_, tensor in group))
     taken = np.concatenate([_places(tensor, unit) for tensor in written])
     met = np.concatenate([_places(tensor, unit) for tensor in read]) if read else taken[:0]
     return np.unique(taken).size < taken.size or bool(np.isin(taken, met).any())
 
 
-def _spans_meet(written: Sequence[Tensor], read: Sequence[Tensor]) -> bool:
-    spans = [(*_span(t), True) for t in written] + [(*_span(t), False) for t in read]
-    written_end = read_end = 0
-    for start, end, is_written in sorted(spans):
-        if start < written_end or (is_written and start < read_end):
+def _may_repeat(tensor: Tensor) -> bool:
+    """Returns False if the strides rule out that two indices name the same element."""
+    extent = 0
+    for step, n in sorted(_order(tensor)):
+        if step <= extent:
             return True
-        if is_written:
-            written_end = max(written_end, end)
-        else:
-            read_end = max(read_end, end)
+        extent += step * (n - 1)
     return False
 
 

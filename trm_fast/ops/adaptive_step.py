@@ -213,6 +213,8 @@ def adaptive_step_(
         BackendError: the named backend cannot run the call.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas)
+    if not params and not grads:
+        return
     if torch.compiler.is_compiling():
         device = params[0].device
         torch.ops.trm_fast.adaptive_step_(*map(list, lists), *settings.arguments(device), backend)
