@@ -120,7 +120,8 @@ def _atan2_right(y, x):
     """atan2(y, x) for x >= 0; the polynomial is that of csrc/adaptive_step/math.h."""
     tall = tl.abs(y)
     small, large = tl.where(tall < x, tall, x), tl.where(tall < x, x, tall)
-    r = tl.where(small == large, tl.where(large > 0, 1.0, 0.0), small / tl.where(small == large, 1.0, large))
+    diagonal = tl.where(large > 0, 1.0, 0.0)  # also where both are infinite
+    r = tl.where(small == large, diagonal, small / tl.where(small == large, 1.0, large))
     z = r * r
     total = 0.002849886892 * z - 0.01606861502
     total = total * z + 0.04269149154

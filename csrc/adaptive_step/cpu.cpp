@@ -1,8 +1,8 @@
 // The meaning is in trm_fast/ops/adaptive_step.py.
 //
-// Every tensor is cut into blocks that stay in the first-level cache. A block is widened to float32 where it is
-// stored in 16 bits, filtered, updated, averaged and narrowed again, so memory sees each byte once. The blocks of all
-// tensors are shared out in one parallel_for.
+// All tensors are cut into blocks, which are shared out in one parallel_for. One loop reads every array of a block,
+// filters, updates and writes back, so memory sees each byte once. Parameters and gradients in 16 bits, and second
+// moments and weight averages in bfloat16, pass through buffers that stay in the first-level cache.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Half.h>
@@ -21,41 +21,46 @@ using torch::stable::Tensor;
 namespace {
 using namespace adaptive_step;
 
-// Small, so that a block of every array and its buffers leave half of a 32 KiB first-level cache to what is fetched
-// next: with 1024 a step with 16-bit states took twice the time.
-constexpr int64_t kBlock = 256;
-constexpr int64_t kGrain = 32;  // blocks per thread; a fork costs about as much as their work
+constexpr int64_t kBlock = 1024;  // a block of every array and its buffers fit a 48 KiB first-level cache
+constexpr int64_t kGrain = 8;     // blocks per thread; a fork costs about as much as their work
 constexpr uint32_t kQuietNaN = 0x7fc0;
 
-PER_CPU void widen_bfloat16(float* __restrict__ out, const uint16_t* __restrict__ in, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
-    std::memcpy(&out[i], &bits, sizeof bits);
-  }
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
-PER_CPU void narrow_bfloat16(uint16_t* __restrict__ out, const float* __restrict__ in, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &in[i], sizeof bits);
-    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out[i] = static_cast<uint16_t>(in[i] != in[i] ? kQuietNaN : nearest);
-  }
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
 }
 
-// Adds random bits below the kept ones, so that the expected value of the rounded number is the number.
-PER_CPU void round_bfloat16(uint16_t* __restrict__ out, const float* __restrict__ in,
-                            const uint32_t* __restrict__ words, int shift, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &in[i], sizeof bits);
-    const uint32_t rounded = (bits + ((words[i] >> shift) & 0xffff)) >> 16;
-    out[i] = static_cast<uint16_t>(in[i] != in[i] ? kQuietNaN : rounded);
-  }
+// Adding random bits below the kept ones makes the expected value of the rounded number the number.
+inline BFloat16 round_up_by(float x, uint32_t added) {
+  return {static_cast<uint16_t>(x != x ? kQuietNaN : (bits_of(x) + added) >> 16)};
+}
+inline void store(float& out, float x, uint32_t) { out = x; }
+inline void store(BFloat16& out, float x, uint32_t random) { out = round_up_by(x, random & 0xffff); }
+
+PER_CPU void widen_bfloat16(float* __restrict__ out, const BFloat16* __restrict__ in, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = widen(in[i]);
 }
 
-PER_CPU void random_words(uint32_t* __restrict__ words, uint32_t key, uint32_t first, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) words[i] = mix(key ^ (first + static_cast<uint32_t>(i)));
+PER_CPU void narrow_bfloat16(BFloat16* __restrict__ out, const float* __restrict__ in, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) out[i] = round_up_by(in[i], 0x7fff + ((bits_of(in[i]) >> 16) & 1));
+}
+
+PER_CPU void round_bfloat16(BFloat16* __restrict__ out, const float* __restrict__ in, uint32_t key, uint32_t first,
+                            int shift, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) store(out[i], in[i], mix(key ^ (first + static_cast<uint32_t>(i))) >> shift);
 }
 
 PER_CPU void widen_float16(float* __restrict__ out, const uint16_t* __restrict__ in, int64_t size) {
@@ -66,163 +71,156 @@ PER_CPU void narrow_float16(uint16_t* __restrict__ out, const float* __restrict_
   for (int64_t i = 0; i < size; ++i) out[i] = torch::headeronly::detail::fp16_ieee_from_fp32_value(in[i]);
 }
 
-PER_CPU void scale(float* __restrict__ filtered, const float* __restrict__ grad, float factor, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) filtered[i] = grad[i] * factor;
-}
-
-PER_CPU void filter_ema(float* __restrict__ filtered, const float* __restrict__ grad, float* __restrict__ ema,
-                        float factor, float alpha, float fresh, float lamb, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float g = grad[i] * factor;
-    ema[i] = alpha * ema[i] + fresh * g;
-    filtered[i] = g + lamb * ema[i];
-  }
-}
-
-PER_CPU void filter_highpass(float* __restrict__ filtered, const float* __restrict__ grad, float* __restrict__ ema,
-                             float factor, float alpha, float fresh, float lamb, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) {
-    const float g = grad[i] * factor;
-    ema[i] = alpha * ema[i] + fresh * g;
-    filtered[i] = g + lamb * (g - ema[i]);
-  }
+PER_CPU void average(float* __restrict__ ema, const float* __restrict__ param, float fresh, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) ema[i] += fresh * (param[i] - ema[i]);
 }
 
 // What one tensor needs at one step, rounded once from double.
 struct Plan {
   bool filtering, seeding;
-  float factor;                    // gradient: sign * clip / grad_scale
-  float alpha, fresh, lamb;        // filter; fresh = 1 - alpha, and (0, 1) seeds it with the gradient
+  float factor;                    // of the gradient: sign * clip / grad_scale
+  float alpha, fresh, lamb;        // filter; fresh = 1 - alpha
   float keep1, beta2, keep2, eps;  // moments; keep = 1 - beta
-  float l2, decay, pace, debias;   // wd of Adam; 1 - lr * wd of the others; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
+  float l2, decay;                 // weight decay of Adam; 1 - lr * weight decay of the other rules
+  float pace, debias;              // lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
   uint32_t step;
 };
 
-PER_CPU void update_adam(float* __restrict__ param, const float* __restrict__ filtered, float* __restrict__ exp_avg,
-                         float* __restrict__ exp_avg_sq, const Plan& plan, int64_t size) {
-  const float keep1 = plan.keep1, beta2 = plan.beta2, keep2 = plan.keep2, eps = plan.eps;
-  const float l2 = plan.l2, decay = plan.decay, pace = plan.pace, debias = plan.debias;
-  for (int64_t i = 0; i < size; ++i) {
-    const float g = filtered[i] + l2 * param[i];
-    exp_avg[i] += keep1 * (g - exp_avg[i]);
-    exp_avg_sq[i] = beta2 * exp_avg_sq[i] + keep2 * g * g;
-    param[i] = decay * param[i] - pace * exp_avg[i] / (std::sqrt(exp_avg_sq[i]) * debias + eps);
-  }
-}
-
-PER_CPU void update_atan2(float* __restrict__ param, const float* __restrict__ filtered, float* __restrict__ exp_avg,
-                          float* __restrict__ exp_avg_sq, const Plan& plan, int64_t size) {
-  const float keep1 = plan.keep1, beta2 = plan.beta2, keep2 = plan.keep2;
-  const float decay = plan.decay, pace = plan.pace, debias = plan.debias;
-  for (int64_t i = 0; i < size; ++i) {
-    const float g = filtered[i];
-    exp_avg[i] += keep1 * (g - exp_avg[i]);
-    exp_avg_sq[i] = beta2 * exp_avg_sq[i] + keep2 * g * g;
-    param[i] = decay * param[i] - pace * atan2_right(exp_avg[i], std::sqrt(exp_avg_sq[i]) * debias);
-  }
-}
-
-PER_CPU void average(float* __restrict__ ema, const float* __restrict__ param, float fresh, int64_t size) {
-  for (int64_t i = 0; i < size; ++i) ema[i] += fresh * (param[i] - ema[i]);
-}
-
-// One array of one block: float32 is used where it lies, 16-bit data through a buffer.
-class Block {
- public:
-  Block(int64_t address, int64_t dtype, int64_t first, int64_t size, float* buffer)
-      : data_(reinterpret_cast<char*>(address) + first * (dtype == kFloat32 ? 4 : 2)),
-        values_(dtype == kFloat32 ? reinterpret_cast<float*>(data_) : buffer),
-        dtype_(dtype),
-        size_(size) {
-    if (address == 0) values_ = nullptr;
-    if (address != 0 && dtype == kBFloat16) widen_bfloat16(values_, halves(), size);
-    if (address != 0 && dtype == kFloat16) widen_float16(values_, halves(), size);
-  }
-
-  float* values() const { return values_; }
-
-  void store_nearest() const {
-    if (dtype_ == kBFloat16) narrow_bfloat16(halves(), values_, size_);
-    if (dtype_ == kFloat16) narrow_float16(halves(), values_, size_);
-  }
-
-  void store_state(const uint32_t* words, int shift) const {
-    if (values_ != nullptr && dtype_ == kBFloat16) round_bfloat16(halves(), values_, words, shift, size_);
-  }
-
- private:
-  uint16_t* halves() const { return reinterpret_cast<uint16_t*>(data_); }
-
-  char* data_;
-  float* values_;
-  int64_t dtype_, size_;
+// One block of a tensor, as far as the main loop sees it. Mean and moment are float or BFloat16.
+struct Span {
+  float* param;
+  const float* grad;
+  void* exp_avg;
+  float* exp_avg_sq;
+  void* grok_exp_avg;
+  uint32_t key, first;  // of the random bits
+  int64_t size;
 };
 
-void step_block(const Row& row, const Plan& plan, const Settings& settings, int64_t first, int64_t size) {
-  alignas(64) float buffers[7][kBlock];
-  alignas(64) uint32_t words[kBlock];
-  const Block param(row.param, row.param_dtype, first, size, buffers[0]);
-  const Block grad(row.grad, row.grad_dtype, first, size, buffers[1]);
-  const Block exp_avg(row.exp_avg, row.exp_avg_dtype, first, size, buffers[2]);
-  const Block exp_avg_sq(row.exp_avg_sq, row.exp_avg_sq_dtype, first, size, buffers[3]);
-  const Block grok(plan.filtering ? row.grok_exp_avg : 0, row.grok_exp_avg_dtype, first, size, buffers[4]);
-  const Block ema(row.weight_ema, row.weight_ema_dtype, first, size, buffers[5]);
-  float* filtered = buffers[6];
-
-  if (plan.seeding) std::fill(grok.values(), grok.values() + size, 0.0f);
-  if (!plan.filtering) {
-    scale(filtered, grad.values(), plan.factor, size);
-  } else {
-    const auto filter = settings.filter == kEma ? filter_ema : filter_highpass;
-    filter(filtered, grad.values(), grok.values(), plan.factor, plan.alpha, plan.fresh, plan.lamb, size);
-  }
-  const auto update = settings.rule == kATan2 ? update_atan2 : update_adam;
-  update(param.values(), filtered, exp_avg.values(), exp_avg_sq.values(), plan, size);
-  if (ema.values() != nullptr) {
-    average(ema.values(), param.values(), static_cast<float>(1.0 - settings.weight_ema), size);
-  }
-
-  param.store_nearest();
-  const auto high = static_cast<uint32_t>(first >> 32), low = static_cast<uint32_t>(first);
-  if (row.exp_avg_dtype == kBFloat16 || row.grok_exp_avg_dtype == kBFloat16) {
-    random_words(words, random_key(plan.step, high, 0), low, size);
-    exp_avg.store_state(words, 0);
-    grok.store_state(words, 16);
-  }
-  if (row.exp_avg_sq_dtype == kBFloat16 || row.weight_ema_dtype == kBFloat16) {
-    random_words(words, random_key(plan.step, high, 1), low, size);
-    exp_avg_sq.store_state(words, 0);
-    ema.store_state(words, 16);
+template <Filter kFilter, bool kATan, class Moment, class Mean>
+PER_CPU void update(const Span& span, const Plan& plan) {
+  float* __restrict__ param = span.param;
+  const float* __restrict__ grad = span.grad;
+  Moment* __restrict__ exp_avg = static_cast<Moment*>(span.exp_avg);
+  float* __restrict__ exp_avg_sq = span.exp_avg_sq;
+  Mean* __restrict__ grok_exp_avg = static_cast<Mean*>(span.grok_exp_avg);
+  const Plan p = plan;
+  const uint32_t key = span.key, first = span.first;
+  const int64_t size = span.size;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t random = mix(key ^ (first + static_cast<uint32_t>(i)));  // dropped where nothing is rounded
+    float g = grad[i] * p.factor;
+    if constexpr (kFilter != kNone) {
+      const float mean = p.alpha * widen(grok_exp_avg[i]) + p.fresh * g;
+      store(grok_exp_avg[i], mean, random >> 16);
+      g += p.lamb * (kFilter == kEma ? mean : g - mean);
+    }
+    g += p.l2 * param[i];
+    const float old = widen(exp_avg[i]);
+    const float m = old + p.keep1 * (g - old);
+    store(exp_avg[i], m, random);
+    const float v = p.beta2 * exp_avg_sq[i] + p.keep2 * g * g;
+    exp_avg_sq[i] = v;
+    const float vhat = std::sqrt(v) * p.debias;
+    param[i] = p.decay * param[i] - (kATan ? p.pace * atan2_right(m, vhat) : p.pace * m / (vhat + p.eps));
   }
 }
 
+using Update = void (*)(const Span&, const Plan&);
+
+template <Filter kFilter, bool kATan, class Moment>
+Update choose_mean(int64_t mean) {
+  return mean == kBFloat16 ? update<kFilter, kATan, Moment, BFloat16> : update<kFilter, kATan, Moment, float>;
+}
+
+template <Filter kFilter, bool kATan>
+Update choose_dtypes(int64_t moment, int64_t mean) {
+  return moment == kBFloat16 ? choose_mean<kFilter, kATan, BFloat16>(mean) : choose_mean<kFilter, kATan, float>(mean);
+}
+
+template <Filter kFilter>
+Update choose_rule(const Row& row, Rule rule) {
+  const int64_t mean = kFilter == kNone ? kFloat32 : row.grok_exp_avg_dtype;
+  return rule == kATan2 ? choose_dtypes<kFilter, true>(row.exp_avg_dtype, mean)
+                        : choose_dtypes<kFilter, false>(row.exp_avg_dtype, mean);
+}
+
+Update choose_update(const Row& row, const Plan& plan, const Settings& settings) {
+  if (!plan.filtering) return choose_rule<kNone>(row, settings.rule);
+  return settings.filter == kEma ? choose_rule<kEma>(row, settings.rule) : choose_rule<kHighpass>(row, settings.rule);
+}
+
+char* place(int64_t address, int64_t dtype, int64_t first) {
+  return reinterpret_cast<char*>(address) + first * (dtype == kFloat32 ? 4 : 2);
+}
+
+// An array of a block as float32: where it lies, or widened into a buffer.
+float* load(int64_t address, int64_t dtype, int64_t first, int64_t size, float* buffer) {
+  char* data = place(address, dtype, first);
+  if (dtype == kFloat32) return reinterpret_cast<float*>(data);
+  if (dtype == kBFloat16) widen_bfloat16(buffer, reinterpret_cast<BFloat16*>(data), size);
+  if (dtype == kFloat16) widen_float16(buffer, reinterpret_cast<uint16_t*>(data), size);
+  return buffer;
+}
+
+void step_block(const Row& row, const Plan& plan, const Settings& settings, Update update, int64_t first,
+                int64_t size) {
+  alignas(64) float buffers[4][kBlock];
+  const auto low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  float* param = load(row.param, row.param_dtype, first, size, buffers[0]);
+  float* exp_avg_sq = load(row.exp_avg_sq, row.exp_avg_sq_dtype, first, size, buffers[2]);
+  Span span{param,
+            load(row.grad, row.grad_dtype, first, size, buffers[1]),
+            place(row.exp_avg, row.exp_avg_dtype, first),
+            exp_avg_sq,
+            place(row.grok_exp_avg, row.grok_exp_avg_dtype, first),
+            random_key(plan.step, high, 0),
+            low,
+            size};
+  if (plan.seeding) std::memset(span.grok_exp_avg, 0, size * (row.grok_exp_avg_dtype == kFloat32 ? 4 : 2));
+  update(span, plan);
+
+  char* data = place(row.param, row.param_dtype, first);
+  if (row.param_dtype == kBFloat16) narrow_bfloat16(reinterpret_cast<BFloat16*>(data), param, size);
+  if (row.param_dtype == kFloat16) narrow_float16(reinterpret_cast<uint16_t*>(data), param, size);
+  const uint32_t key = random_key(plan.step, high, 1);
+  if (row.exp_avg_sq_dtype == kBFloat16) {
+    data = place(row.exp_avg_sq, kBFloat16, first);
+    round_bfloat16(reinterpret_cast<BFloat16*>(data), exp_avg_sq, key, low, 0, size);
+  }
+  if (row.weight_ema == 0) return;
+  float* ema = load(row.weight_ema, row.weight_ema_dtype, first, size, buffers[3]);
+  average(ema, param, static_cast<float>(1.0 - settings.weight_ema), size);
+  if (row.weight_ema_dtype == kBFloat16) {
+    data = place(row.weight_ema, kBFloat16, first);
+    round_bfloat16(reinterpret_cast<BFloat16*>(data), ema, key, low, 16, size);
+  }
+}
+
+float count_at(int64_t address) { return address == 0 ? 0.0f : *reinterpret_cast<const float*>(address); }
+
 Plan make_plan(const Row& row, const Settings& s, double factor) {
-  const double step = *reinterpret_cast<const float*>(row.step) + 1.0;
+  const double step = count_at(row.step) + 1.0;
   const bool filtering = s.filter != kNone && row.grok_step != 0 && step > s.after_step;
-  const bool seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
-  const double alpha = seeding ? 0.0 : s.alpha;
-  const double l2 = s.rule == kAdam ? s.weight_decay : 0.0;
-  const double decay = s.rule == kAdam ? 1.0 : 1.0 - s.lr * s.weight_decay;
   Plan plan{};
   plan.filtering = filtering;
-  plan.seeding = seeding;
+  plan.seeding = filtering && count_at(row.grok_step) == 0;
   plan.factor = static_cast<float>(factor);
-  plan.alpha = static_cast<float>(alpha);
-  plan.fresh = static_cast<float>(1.0 - alpha);
+  // The mean is cleared before it is seeded, whatever it held.
+  plan.alpha = static_cast<float>(s.alpha);
+  plan.fresh = plan.seeding ? 1.0f : static_cast<float>(1.0 - s.alpha);
   plan.lamb = static_cast<float>(s.lamb);
   plan.keep1 = static_cast<float>(1.0 - s.beta1);
   plan.beta2 = static_cast<float>(s.beta2);
   plan.keep2 = static_cast<float>(1.0 - s.beta2);
   plan.eps = static_cast<float>(s.eps);
-  plan.l2 = static_cast<float>(l2);
-  plan.decay = static_cast<float>(decay);
+  plan.l2 = static_cast<float>(s.rule == kAdam ? s.weight_decay : 0.0);
+  plan.decay = static_cast<float>(s.rule == kAdam ? 1.0 : 1.0 - s.lr * s.weight_decay);
   plan.pace = static_cast<float>(s.lr / (1.0 - std::pow(s.beta1, step)));
   plan.debias = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(s.beta2, step)));
   plan.step = static_cast<uint32_t>(step);
   return plan;
 }
-
-float count_at(int64_t address) { return address == 0 ? 0.0f : *reinterpret_cast<const float*>(address); }
 
 // Neighbours have mostly taken the same steps, which saves the powers of a plan.
 bool same_history(const Row& a, const Row& b) {
@@ -230,16 +228,13 @@ bool same_history(const Row& a, const Row& b) {
          (a.grok_step == 0) == (b.grok_step == 0);
 }
 
-void count(const Row& row, const Plan& plan) {
-  *reinterpret_cast<float*>(row.step) += 1;
-  if (plan.filtering) *reinterpret_cast<float*>(row.grok_step) += 1;
-}
-
 void step_rows(const Row* rows, int64_t tensors, const Settings& settings, double factor) {
   std::vector<Plan> plans(tensors);
+  std::vector<Update> updates(tensors);
   std::vector<int64_t> first(tensors + 1, 0);  // number of blocks before each tensor
   for (int64_t t = 0; t < tensors; ++t) {
     plans[t] = t > 0 && same_history(rows[t], rows[t - 1]) ? plans[t - 1] : make_plan(rows[t], settings, factor);
+    updates[t] = choose_update(rows[t], plans[t], settings);
     first[t + 1] = first[t] + (rows[t].size + kBlock - 1) / kBlock;
   }
   torch::stable::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
@@ -247,10 +242,13 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
     for (int64_t block = begin; block < end; ++block) {
       while (block >= first[t + 1]) ++t;
       const int64_t offset = (block - first[t]) * kBlock;
-      step_block(rows[t], plans[t], settings, offset, std::min(kBlock, rows[t].size - offset));
+      step_block(rows[t], plans[t], settings, updates[t], offset, std::min(kBlock, rows[t].size - offset));
     }
   });
-  for (int64_t t = 0; t < tensors; ++t) count(rows[t], plans[t]);
+  for (int64_t t = 0; t < tensors; ++t) {
+    *reinterpret_cast<float*>(rows[t].step) += 1;
+    if (plans[t].filtering) *reinterpret_cast<float*>(rows[t].grok_step) += 1;
+  }
 }
 
 void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter, double lr,

@@ -277,7 +277,7 @@ def test_group_shows_the_lr_that_was_given() -> None:
     param = one(1.0)
     optimizer = GrokFastAdamW([param], lr=3e-3, normalize_lr=True)
     step_with(optimizer, torch.ones(1))
-    assert optimizer.param_groups[0]["lr"] == optimizer.state_dict()["param_groups"][0]["lr"] == 3e-3
+    assert optimizer.param_groups[0]["lr"] == 3e-3
 
 
 @pytest.mark.parametrize("filter", ["highpass", None])
@@ -611,18 +611,26 @@ def test_gradients_are_only_read(filter: str) -> None:
     params = make_params()
     grads = make_grads(params, 1)[0]
     set_grads(params, grads)
-    held = [(param.grad, param.grad.data_ptr(), param.grad._version) for param in params]
     GrokFastAdamW(params, filter=filter, maximize=True).step()
-    assert [(p.grad is g, p.grad.data_ptr(), p.grad._version) for p, (g, _, _) in zip(
-        params, held, strict=True)] == [(True, at, version) for _, at, version in held]  # fmt: skip
     assert_same([param.grad for param in params], grads)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first_step", "kept_step"])
-def test_versions_of_parameters_rise(first: bool) -> None:
+@pytest.mark.parametrize("steps", [0, 1], ids=["first_step", "kept_step"])
+def test_versions_of_gradients_stay(steps: int) -> None:
     params = make_params()
     optimizer = GrokFastAdamW(params)
-    train(optimizer, make_grads(params, 0 if first else 1))
+    train(optimizer, make_grads(params, steps))
+    set_grads(params, make_grads(params, 1)[0])
+    held = [(id(param.grad), param.grad._version) for param in params]
+    optimizer.step()
+    assert [(id(param.grad), param.grad._version) for param in params] == held
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["first_step", "kept_step"])
+def test_versions_of_parameters_rise(steps: int) -> None:
+    params = make_params()
+    optimizer = GrokFastAdamW(params)
+    train(optimizer, make_grads(params, steps))
     before = [param._version for param in params]
     train(optimizer, make_grads(params, 1))
     assert all(p._version > version for p, version in zip(params, before, strict=True))
@@ -726,12 +734,21 @@ def test_bad_option_set_between_steps_is_refused_by_name(
 
 @each_bad
 def test_bad_option_set_between_steps_changes_nothing(named: str, options: dict[str, Any]) -> None:
-    """Not even the groups before that of the bad option."""
+    optimizer = GrokFastAdamW([one(1.0), one(2.0)])
+    step_with(optimizer, torch.ones(1), torch.ones(1))
+    before = snapshot(optimizer)
+    optimizer.param_groups[0].update(options)
+    with pytest.raises(Exception):  # noqa: B017, the test above says which
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_bad_option_of_the_last_group_keeps_the_first_from_its_step() -> None:
     optimizer = GrokFastAdamW([{"params": [one(1.0)]}, {"params": [one(2.0)]}])
     step_with(optimizer, torch.ones(1), torch.ones(1))
     before = snapshot(optimizer)
-    optimizer.param_groups[1].update(options)
-    with pytest.raises(Exception):  # noqa: B017, the test above says which
+    optimizer.param_groups[1]["lr"] = -1.0
+    with refused("lr"):
         optimizer.step()
     assert_same(snapshot(optimizer), before)
 

@@ -76,7 +76,7 @@ class AdaptiveStep:
 
     def _where(self, params: Sequence[Tensor]) -> tuple[object, ...]:
         if self._contiguous and all(map(Tensor.is_contiguous, params)):
-            return list(map(Tensor.data_ptr, params)), list(map(_shape, params))
+            return list(map(Tensor.data_ptr, params)), list(map(Tensor.numel, params))
         return tuple((param.data_ptr(), param.shape, param.stride()) for param in params)
 
     def __call__(self, grads: Sequence[Tensor], settings: "Settings") -> None:
@@ -95,7 +95,7 @@ class AdaptiveStep:
             grads = [
                 in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)
             ]
-        columns[:, COLUMNS.index("grad")] = list(map(Tensor.data_ptr, grads))
+        columns[:, _GRAD] = list(map(Tensor.data_ptr, grads))
         copies = {i: self.params[i].contiguous() for i in self._scattered}
         for i, copy in copies.items():
             columns[i, COLUMNS.index("param")] = copy.data_ptr()
@@ -122,7 +122,7 @@ class AdaptiveStep:
 
 
 _kind = attrgetter("dtype", "layout")
-_shape = attrgetter("shape")
+_GRAD = COLUMNS.index("grad")
 
 
 def _check_tensors(

@@ -104,10 +104,12 @@ class AdaptiveOptimizer(Optimizer):
         return loss
 
     def _step_group(self, index: int, group: Group) -> None:
-        params = [param for param in group["params"] if param.grad is not None]
+        params, grads = group["params"], [param.grad for param in group["params"]]
+        if type(None) in map(type, grads):
+            params = [param for param in params if param.grad is not None]
+            grads = [grad for grad in grads if grad is not None]
         if not params:
             return
-        grads = [param.grad for param in params]
         settings = self._settings(group)
         settings.grad_scale = getattr(self, "grad_scale", None)
         settings.found_inf = getattr(self, "found_inf", None)
@@ -273,7 +275,7 @@ class _Plan:
         backend: str | None,
     ) -> None:
         self.names = names
-        self._params = params
+        self._params = list(params)
         self._states = states
         self._tensors = list(chain.from_iterable(map(dict.values, states)))
         self._plain = all(
