@@ -72,8 +72,7 @@ class AdaptiveOptimizer(Optimizer):
         except (TypeError, ValueError, RuntimeError):
             self.param_groups.pop()
             raise
-        # Not at the first step: checkpoint tools would take one with invented gradients to learn
-        # the keys.
+        # Not at the first step: checkpoint tools would invent gradients for one to learn the keys.
         for param in group["params"]:
             if param.requires_grad:
                 self._complete_state(param, group)
@@ -116,22 +115,25 @@ class AdaptiveOptimizer(Optimizer):
         names = _state_names(group)
         if torch.compiler.is_compiling():
             states = [self._complete_state(param, group) for param in params]
-            adaptive_step_(params, grads, *_lists(states), settings=settings, backend=self._backend)
+            backend = self._named_backend(group)
+            adaptive_step_(params, grads, *_lists(states), settings=settings, backend=backend)
             return
+        if params[0].is_cuda:
+            _check_capture(type(self).__name__, group)
         plan = self._plans.get(index)
         if plan is None or plan.names != names or not plan.holds(params, grads):
             plan = self._plans[index] = self._make_plan(group, params, grads)
         plan.step(grads, settings)
 
     def _make_plan(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> "_Plan":
-        _check_capture(type(self).__name__, group)
         for param, grad in zip(params, grads, strict=True):
             _check_grad(type(self).__name__, param, grad)
         states = [self._complete_state(param, group) for param in params]
-        backend = self._backend
-        if group["differentiable"] or group["fused"] is False:
-            backend = backend or "reference"
-        return _Plan(_state_names(group), params, grads, states, backend)
+        return _Plan(_state_names(group), params, grads, states, self._named_backend(group))
+
+    def _named_backend(self, group: Group) -> str | None:
+        one_by_one = group["differentiable"] or group["fused"] is False
+        return self._backend or ("reference" if one_by_one else None)
 
     def _complete_state(self, param: Tensor, group: Group) -> State:
         """Creates what the state of ``param`` lacks, and moves it where the parameter has moved."""
@@ -190,7 +192,8 @@ class AdaptiveOptimizer(Optimizer):
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         self._plans = {}
-        self.__dict__.setdefault("_loading", None)
+        for name, default in (("_loading", None), ("_backend", None), ("_state_dtypes", {})):
+            self.__dict__.setdefault(name, default)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -214,11 +217,6 @@ class AdaptiveOptimizer(Optimizer):
     def _adopted(self, name: str, value: Any, param: Tensor) -> Tensor:
         if name in COUNTERS:
             return torch.tensor(float(value), dtype=torch.float32, device=param.device)
-        if value.shape != param.shape:
-            required = f"{tuple(param.shape)} as its parameter"
-            raise ValueError(
-                f"load_state_dict: {name} must be {required}; got {tuple(value.shape)}"
-            )
         copy = value.detach().to(param.device, self._state_dtype(name, param), copy=True)
         return in_order_of(copy, param)
 
@@ -353,7 +351,7 @@ def _check_grad(owner: str, param: Tensor, grad: Tensor) -> None:
 
 def _check_capture(owner: str, group: Group) -> None:
     """Refuses what a CUDA graph would get wrong for good. A replay does not come back here."""
-    if group["params"][0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_current_stream_capturing():
         return
     if not group["capturable"]:
         raise RuntimeError(
@@ -368,6 +366,7 @@ def _check_capture(owner: str, group: Group) -> None:
 
 
 def _remember_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Checks a state dict before anything of it is used, and keeps it for ``_adopt``."""
     for group in state_dict["param_groups"]:
         if group.get("amsgrad"):
             raise ValueError(
@@ -378,4 +377,11 @@ def _remember_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
                 "load_state_dict: the dict must have the layout of torch.optim; got that of "
                 "grokfast-pytorch: use trm_fast.optim.from_lucidrains(state_dict, init_lr=...)"
             )
+    keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for key, param in zip(keys, params, strict=False):  # torch refuses other counts in its words
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name in AVERAGES and value.shape != param.shape:
+                shapes = f"{tuple(param.shape)} as its parameter; got {tuple(value.shape)}"
+                raise ValueError(f"load_state_dict: {name} of parameter {key!r} must be {shapes}")
     optimizer._loading = state_dict  # type: ignore[attr-defined]
