@@ -176,6 +176,7 @@ def _step_block(
     m = m + keep1 * (g - m)
     v = beta2 * v + keep2 * g * g
     vhat = tl.sqrt(v) * debias
+    old = p
     if RULE == ATAN2:
         p = decay * p - pace * _atan2_right(m, vhat)
     else:
@@ -187,7 +188,7 @@ def _step_block(
     _store_state(exp_avg_sq_ptr, offsets, v, word, 0, mask, MASKED, EXP_AVG_SQ_DTYPE)
     if AVERAGE:
         ema_ptr = _pointer(row, WEIGHT_EMA, WEIGHT_EMA_DTYPE, ALIGNED)
-        e = _load(ema_ptr, offsets, mask, MASKED)
+        e = tl.where(t == 1, old, _load(ema_ptr, offsets, mask, MASKED))
         e = e + ema_fresh * (p - e)
         _store_state(ema_ptr, offsets, e, word, 16, mask, MASKED, WEIGHT_EMA_DTYPE)
 

@@ -178,6 +178,8 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
             low,
             size};
   if (plan.seeding) std::memset(span.grok_exp_avg, 0, size * (row.grok_exp_avg_dtype == kFloat32 ? 4 : 2));
+  float* ema = row.weight_ema == 0 ? nullptr : load(row.weight_ema, row.weight_ema_dtype, first, size, buffers[3]);
+  if (ema != nullptr && plan.step == 1) std::copy(param, param + size, ema);
   update(span, plan);
 
   char* data = place(row.param, row.param_dtype, first);
@@ -188,8 +190,7 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
     data = place(row.exp_avg_sq, kBFloat16, first);
     round_bfloat16(reinterpret_cast<BFloat16*>(data), exp_avg_sq, key, low, 0, size);
   }
-  if (row.weight_ema == 0) return;
-  float* ema = load(row.weight_ema, row.weight_ema_dtype, first, size, buffers[3]);
+  if (ema == nullptr) return;
   average(ema, param, static_cast<float>(1.0 - settings.weight_ema), size);
   if (row.weight_ema_dtype == kBFloat16) {
     data = place(row.weight_ema, kBFloat16, first);

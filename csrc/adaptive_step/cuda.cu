@@ -160,6 +160,7 @@ __device__ void step_values(const DeviceRow& row, const Plan& plan, const Device
     const float vhat = sqrtf(v.at[k]) * plan.debias;
     const float update =
         s.rule == kATan2 ? plan.pace * atan2_right(m.at[k], vhat) : plan.pace * m.at[k] / (vhat + s.eps);
+    if (plan.step == 1) e.at[k] = p.at[k];  // used only where an average is kept
     p.at[k] = plan.decay * p.at[k] - update;
     if (row.weight_ema != 0) e.at[k] += s.ema_fresh * (p.at[k] - e.at[k]);
   }

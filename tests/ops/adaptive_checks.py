@@ -88,7 +88,8 @@ def truth(item: Item, s: Settings) -> dict[str, Tensor]:
     v = s.beta2 * v + (1 - s.beta2) * g**2
     p = p - move(s, t, m, v)
     if "weight_ema" in item:
-        found["weight_ema"] = item["weight_ema"] + (1 - s.weight_ema) * (p - item["weight_ema"])
+        e = item["weight_ema"].double() if t > 1 else item["param"].double()
+        found["weight_ema"] = e + (1 - s.weight_ema) * (p - e)
     found |= {"param": p, "exp_avg": m, "exp_avg_sq": v, "step": item["step"].double() + 1}
     return {name: found.get(name, item[name].double()) for name in WRITTEN if name in item}
 
@@ -136,7 +137,8 @@ def allowed(item: Item, s: Settings) -> dict[str, Tensor]:
     own = (16 * u + power) * corners.abs().amax(0)
     dp = (corners - moved).abs().amax(0) + own + 5 * u * (1 + lr * wd) * size["param"] + tiny
     if "weight_ema" in item:
-        terms = size["weight_ema"] + after["param"].abs() + size["weight_ema"]
+        e = size["weight_ema"] if float(item["step"]) > 0 else size["param"]
+        terms = e + after["param"].abs() + e
         error["weight_ema"] = (1 - s.weight_ema) * dp + 4 * u * terms + tiny
     error |= {"param": dp, "exp_avg": dm, "exp_avg_sq": dv}
     return {name: error.get(name, torch.zeros(())) for name in after}

@@ -547,6 +547,27 @@ def test_parameters_of_a_group_may_be_replaced() -> None:
     assert_same([old.detach(), new], [before, twin[0]])
 
 
+def assign_list(group: dict[str, Any], param: Parameter) -> None:
+    group["params"] = [param]
+
+
+def assign_item(group: dict[str, Any], param: Parameter) -> None:
+    group["params"][0] = param
+
+
+@pytest.mark.parametrize("assign", [assign_list, assign_item])
+def test_new_parameter_over_the_same_memory_has_its_own_state(
+    assign: Callable[[dict[str, Any], Parameter], None],
+) -> None:
+    old = one(1.0, 2.0)
+    optimizer = GrokFastAdamW([old])
+    step_with(optimizer, torch.ones(2))
+    new = Parameter(old.detach())
+    assign(optimizer.param_groups[0], new)
+    step_with(optimizer, torch.ones(2))
+    assert [optimizer.state[param]["step"].item() for param in (old, new)] == [1, 1]
+
+
 def test_parameter_may_be_appended_to_a_group() -> None:
     first, second = one(1.0, 2.0), one(3.0)
     twins = clone_params([first, second])
@@ -754,7 +775,7 @@ def test_bad_option_of_the_last_group_keeps_the_first_from_its_step() -> None:
 
 
 def test_unknown_filter_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"ema, highpass.*'emma'"):
+    with pytest.raises(ValueError, match=r"'ema', 'highpass' or None; got 'emma'"):
         GrokFastAdamW([one(1.0)], filter="emma")
 
 

@@ -65,7 +65,7 @@ def test_refuses_bad_numbers_of_torchs_inputs(error: ErrorOptimizerInput) -> Non
     """Same type as in torch; the words are those of this package, and name the argument."""
     case = error.optimizer_error_input
     name = next(word for word in ("weight_decay", "beta", "lr") if word in case.desc)
-    with pytest.raises(error.error_type, match=rf"GrokFastAdamW: {name}\d? must be .*; got "):
+    with pytest.raises(error.error_type, match=rf"GrokFastAdamW: {name}\S* must be .*; got "):
         GrokFastAdamW([Parameter(torch.ones(1))], **case.kwargs)
 
 

@@ -15,7 +15,8 @@ For each tensor, at its own step t = 1, 2, ...:
     vhat  <- sqrt(v) / sqrt(1 - beta2^t)
     param <- param - lr / (1 - beta1^t) * m / (vhat + eps)  rules "adamw" and "adam"
              param - lr / (1 - beta1^t) * atan2(m, vhat)    rule "atan2"
-    e     <- e + (1 - weight_ema) * (param - e)             where a weight average is kept
+    e     <- e + (1 - weight_ema) * (param - e)             where a weight average is kept; at t = 1
+                                                            e is first param as it was before
     t     <- t + 1
 
 m, v, mu and e are called exp_avg, exp_avg_sq, grok_exp_avg and weight_ema. If ``found_inf`` is not
@@ -113,8 +114,10 @@ class Settings:
         for name in ("grad_scale", "found_inf", "clip"):
             if (value := getattr(self, name)) is not None:
                 self._require_scalar_tensor(name, value)
-        for name in ("eps", "after_step"):
-            self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
+        self._require(0 <= self._number("eps") < inf, "eps", "finite and >= 0")
+        if not isinstance(self.after_step, int):
+            raise TypeError(f"{self.owner}: after_step must be an int; got {self.after_step!r}")
+        self._require(self.after_step >= 0, "after_step", ">= 0")
         for name in ("beta1", "beta2"):
             self._require(0 <= self._number(name) < 1, name, "in [0, 1)")
         for name in ("alpha", "weight_ema"):
@@ -306,7 +309,7 @@ def _step_one(
     p = p - (pace * torch.atan2(m, vhat) if s.rule == "atan2" else pace * m / (vhat + s.eps))
 
     if weight_ema is not None:
-        e = weight_ema.to(real)
+        e = torch.where(t == 1, param.to(real), weight_ema.to(real))
         _write(weight_ema, e + (1 - s.weight_ema) * (p - e), keep, bits=(t, 1, 16))
     _write(exp_avg, m, keep, bits=(t, 0, 0))
     _write(exp_avg_sq, v, keep, bits=(t, 1, 0))

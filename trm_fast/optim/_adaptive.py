@@ -1,10 +1,8 @@
 """What every optimizer on ``ops.adaptive_step`` shares: state, cached steps, saving and loading."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
@@ -12,15 +10,15 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from trm_fast._dispatch import check_name
-from trm_fast.ops._adaptive_tensors import STATE_STORAGE, AdaptiveStep
+from trm_fast.ops import Settings, adaptive_step_
+from trm_fast.ops._adaptive_tensors import STATE_STORAGE
 from trm_fast.ops._tensors import in_order_of, is_dense
-from trm_fast.ops.adaptive_step import Settings, adaptive_step_
+from trm_fast.optim._plan import Plan, State, parts, state_lists
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 COUNTERS = ("step", "grok_step")
 
 Group = dict[str, Any]
-State = dict[str, Any]
 
 
 class AdaptiveOptimizer(Optimizer):
@@ -48,7 +46,7 @@ class AdaptiveOptimizer(Optimizer):
     ) -> None:
         self._backend = None if backend is None else check_name(backend)
         self._state_dtypes = _state_dtypes(type(self).__name__, state_dtype)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
 
@@ -69,7 +67,7 @@ class AdaptiveOptimizer(Optimizer):
             self._settings(group)
             for param in group["params"]:
                 _check_param(param, group)
-        except (TypeError, ValueError, RuntimeError):
+        except BaseException:
             self.param_groups.pop()
             raise
         # Not at the first step: checkpoint tools would invent gradients for one to learn the keys.
@@ -98,38 +96,51 @@ class AdaptiveOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for index, group in enumerate(self.param_groups):
-                self._step_group(index, group)
+            # Every group is checked before the first one moves.
+            for call in [self._prepared(i, group) for i, group in enumerate(self.param_groups)]:
+                call()
         return loss
 
-    def _step_group(self, index: int, group: Group) -> None:
+    def _prepared(self, index: int, group: Group) -> Callable[[], None]:
+        """Returns the step of one group, checked and ready to be taken."""
         params, grads = group["params"], [param.grad for param in group["params"]]
         if type(None) in map(type, grads):
             params = [param for param in params if param.grad is not None]
             grads = [grad for grad in grads if grad is not None]
-        if not params:
-            return
         settings = self._settings(group)
         settings.grad_scale = getattr(self, "grad_scale", None)
         settings.found_inf = getattr(self, "found_inf", None)
-        names = _state_names(group)
         if torch.compiler.is_compiling():
-            states = [self._complete_state(param, group) for param in params]
-            backend = self._named_backend(group)
-            adaptive_step_(params, grads, *_lists(states), settings=settings, backend=backend)
-            return
+            return partial(self._step_compiled, group, params, grads, settings)
+        if not params:
+            return _nothing
         if params[0].is_cuda:
             _check_capture(type(self).__name__, group)
         plan = self._plans.get(index)
-        if plan is None or plan.names != names or not plan.holds(params, grads):
-            plan = self._plans[index] = self._make_plan(group, params, grads)
-        plan.step(grads, settings)
+        names = _state_names(group)
+        if plan is None or not plan.holds(names, self.state, params, grads):
+            for param, grad in zip(params, grads, strict=True):
+                _check_grad(type(self).__name__, param, grad)
+            states = [self._complete_state(param, group) for param in params]
+            plan = Plan(names, params, grads, states, self._named_backend(group))
+            self._plans[index] = plan
+        return partial(plan.step, grads, settings)
 
-    def _make_plan(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> "_Plan":
-        for param, grad in zip(params, grads, strict=True):
-            _check_grad(type(self).__name__, param, grad)
+    def _step_compiled(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], settings: Settings
+    ) -> None:
+        """Takes the step through the dispatcher, where the compiler sees what it writes."""
+        names = _state_names(group)
         states = [self._complete_state(param, group) for param in params]
-        return _Plan(_state_names(group), params, grads, states, self._named_backend(group))
+        for part in parts(params, states):
+            lists = state_lists(names, [states[i] for i in part])
+            adaptive_step_(
+                [params[i] for i in part],
+                [grads[i] for i in part],
+                *lists,
+                settings=settings,
+                backend=self._named_backend(group),
+            )
 
     def _named_backend(self, group: Group) -> str | None:
         one_by_one = group["differentiable"] or group["fused"] is False
@@ -142,8 +153,12 @@ class AdaptiveOptimizer(Optimizer):
             value = state.get(name)
             if value is None or (value.is_meta and not param.is_meta):
                 state[name] = self._new_state(name, param)
-            elif value.device != param.device:
+                if name == "grok_exp_avg":
+                    state.pop("grok_step", None)  # a new mean starts at the next gradient
+            elif name in COUNTERS:
                 state[name] = value.to(param.device)
+            else:
+                state[name] = _suited(value, param, self._state_dtype(name, param))
         return state
 
     def _new_state(self, name: str, param: Tensor) -> Tensor:
@@ -209,7 +224,7 @@ class AdaptiveOptimizer(Optimizer):
             state = self.state[param] if saved or param.requires_grad else {}
             for name in saved.keys() & {*AVERAGES, *COUNTERS}:
                 state[name] = self._adopted(name, saved[name], param)
-            if state.get("grok_exp_avg") is not None and "grok_step" not in state:
+            if "grok_exp_avg" in saved and "grok_step" not in saved and "step" in saved:
                 state["grok_step"] = state["step"].clone()
             if state or param.requires_grad:
                 self._complete_state(param, group)
@@ -217,13 +232,15 @@ class AdaptiveOptimizer(Optimizer):
     def _adopted(self, name: str, value: Any, param: Tensor) -> Tensor:
         if name in COUNTERS:
             return torch.tensor(float(value), dtype=torch.float32, device=param.device)
-        copy = value.detach().to(param.device, self._state_dtype(name, param), copy=True)
-        return in_order_of(copy, param)
+        return _suited(value.detach().clone(), param, self._state_dtype(name, param))
 
 
 def _state_dtypes(
     owner: str, given: torch.dtype | Mapping[str, torch.dtype] | None
 ) -> dict[str, torch.dtype]:
+    if given is not None and not isinstance(given, (torch.dtype, Mapping)):
+        required = "a torch.dtype, a mapping from names of states to these, or None"
+        raise TypeError(f"{owner}: state_dtype must be {required}; got {given!r}")
     wanted = dict.fromkeys(AVERAGES, given) if isinstance(given, torch.dtype) else dict(given or {})
     for name, dtype in wanted.items():
         if name not in AVERAGES:
@@ -247,90 +264,14 @@ def _state_names(group: Group) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _lists(states: Sequence[State]) -> list[list[Tensor]]:
-    """Returns the states as ``adaptive_step_`` takes them; empty where the first has none."""
-    order = ("exp_avg", "exp_avg_sq", "step", "grok_exp_avg", "grok_step", "weight_ema")
-    return [[state[name] for state in states] if name in states[0] else [] for name in order]
+def _suited(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a state on the device and in the memory order of ``param``, and in ``dtype``."""
+    value = value.to(param.device, dtype)
+    return value if hasattr(value, "to_local") else in_order_of(value, param)
 
 
-@dataclass(slots=True)
-class _Part:
-    """Parameters that take their step in one call: one device, one arithmetic, like states."""
-
-    indices: list[int]
-    step: AdaptiveStep
-
-
-class _Plan:
-    """The step of a group, checked once, as long as the same tensors take it."""
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        backend: str | None,
-    ) -> None:
-        self.names = names
-        self._params = list(params)
-        self._states = states
-        self._tensors = list(chain.from_iterable(map(dict.values, states)))
-        self._plain = all(
-            type(p) in (torch.nn.Parameter, Tensor) and not p.is_complex() for p in params
-        )
-        members: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for index, (param, state) in enumerate(zip(params, states, strict=True)):
-            members[_kind(param, state)].append(index)
-        self._parts = [
-            _Part(indices, self._make_step(indices, grads, backend)) for indices in members.values()
-        ]
-
-    def _make_step(
-        self, indices: list[int], grads: list[Tensor], backend: str | None
-    ) -> AdaptiveStep:
-        params, grads = ([_local(tensors[i]) for i in indices] for tensors in (self._params, grads))
-        lists = _lists([self._states[i] for i in indices])
-        return AdaptiveStep(
-            params, grads, *([_local(t) for t in ts] for ts in lists), backend=backend
-        )
-
-    def holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Returns whether these tensors and the states are still those that were checked."""
-        return (
-            len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and all(map(is_, chain.from_iterable(map(dict.values, self._states)), self._tensors))
-            and all(
-                part.step.fits(self._select(part, params), self._select(part, grads))
-                for part in self._parts
-            )
-        )
-
-    def step(self, grads: list[Tensor], settings: Settings) -> None:
-        for part in self._parts:
-            part.step(self._select(part, grads), settings)
-
-    def _select(self, part: _Part, tensors: list[Tensor]) -> list[Tensor]:
-        if self._plain and len(self._parts) == 1:
-            return tensors
-        return [_local(tensors[i]) for i in part.indices]
-
-
-def _kind(param: Tensor, state: State) -> tuple[Any, ...]:
-    return (
-        param.device,
-        param.dtype in (torch.float64, torch.complex128),
-        "grok_exp_avg" in state,
-        "weight_ema" in state,
-    )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Returns the plain real tensor behind a DTensor or a complex tensor."""
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def _nothing() -> None:
+    pass
 
 
 def _check_param(param: Tensor, group: Group) -> None:
@@ -381,7 +322,17 @@ def _remember_loaded(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for key, param in zip(keys, params, strict=False):  # torch refuses other counts in its words
         for name, value in state_dict["state"].get(key, {}).items():
-            if name in AVERAGES and value.shape != param.shape:
-                shapes = f"{tuple(param.shape)} as its parameter; got {tuple(value.shape)}"
-                raise ValueError(f"load_state_dict: {name} of parameter {key!r} must be {shapes}")
+            _check_loaded(f"load_state_dict: {name} of parameter {key!r}", name, value, param)
     optimizer._loading = state_dict  # type: ignore[attr-defined]
+
+
+def _check_loaded(label: str, name: str, value: Any, param: Tensor) -> None:
+    if name in COUNTERS:
+        single = (
+            value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+        )
+        if not single:
+            raise ValueError(f"{label} must be a number or a tensor of one element; got {value!r}")
+    elif name in AVERAGES and (not isinstance(value, Tensor) or value.shape != param.shape):
+        came = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise ValueError(f"{label} must be a tensor {tuple(param.shape)}; got {came!r}")

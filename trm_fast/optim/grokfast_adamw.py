@@ -92,11 +92,9 @@ class GrokFastAdamW(AdaptiveOptimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if len(betas) != 2:
-            raise ValueError(f"GrokFastAdamW: betas must be two numbers; got {len(betas)}")
         defaults = {
             "lr": lr,
-            "betas": tuple(map(float, betas)),
+            "betas": _pair(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "alpha": alpha,
@@ -115,22 +113,41 @@ class GrokFastAdamW(AdaptiveOptimizer):
         super().__init__(params, defaults, backend, state_dtype)
 
     def _settings(self, group: Group) -> Settings:
-        lr = group["lr"]
-        if group["normalize_lr"] and group["filter"] == "ema":
-            lr = lr / (1 + group["lamb"])
-        beta1, beta2 = group["betas"]
-        return Settings(
-            lr,
+        beta1, beta2 = _pair(group["betas"])
+        filter, weight_ema = group["filter"], group["weight_ema"]
+        if filter not in ("ema", "highpass", None):
+            raise ValueError(
+                f"GrokFastAdamW: filter must be 'ema', 'highpass' or None; got {filter!r}"
+            )
+        settings = Settings(
+            group["lr"],
             beta1,
             beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             rule="adamw" if group["decoupled_weight_decay"] else "adam",
-            filter=group["filter"] or "none",
+            filter="none" if filter is None else filter,
             alpha=group["alpha"],
             lamb=group["lamb"],
             after_step=group["after_step"],
             maximize=group["maximize"],
-            weight_ema=group["weight_ema"] or 0.0,
+            weight_ema=0.0 if weight_ema is None else weight_ema,
             owner="GrokFastAdamW",
         )
+        if group["normalize_lr"] and filter == "ema":
+            settings.lr = settings.lr / (1 + settings.lamb)
+        return settings
+
+
+def _pair(betas: Any) -> tuple[float, float]:
+    """Returns two decays as numbers; tensors of one element are read once, here."""
+    pair = tuple(betas) if isinstance(betas, (tuple, list)) else ()
+    if len(pair) != 2:
+        raise ValueError(f"GrokFastAdamW: betas must be two numbers in [0, 1); got {betas!r}")
+    beta1, beta2 = (beta.item() if isinstance(beta, Tensor) else beta for beta in pair)
+    for index, beta in enumerate((beta1, beta2)):
+        if not isinstance(beta, (int, float)):
+            raise TypeError(f"GrokFastAdamW: betas[{index}] must be a number; got {beta!r}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"GrokFastAdamW: betas[{index}] must be in [0, 1); got {beta!r}")
+    return beta1, beta2

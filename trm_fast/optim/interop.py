@@ -1,6 +1,7 @@
 """Continues runs that were started with other implementations of GrokFast."""
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any
 
 import torch
@@ -28,15 +29,28 @@ def from_lucidrains(state_dict: dict[str, Any], init_lr: float) -> dict[str, Any
     Raises:
         ValueError: ``init_lr`` is not positive, or the dict has another layout.
     """
-    if not init_lr > 0:
-        raise ValueError(f"from_lucidrains: init_lr must be > 0; got {init_lr}")
-    if not all("grokfast_alpha" in group for group in state_dict["param_groups"]):
-        raise ValueError(
-            "from_lucidrains: every group must hold grokfast_alpha; got a dict of another optimizer"
-        )
+    if not 0 < init_lr < inf:
+        raise ValueError(f"from_lucidrains: init_lr must be finite and > 0; got {init_lr}")
+    for group in state_dict["param_groups"]:
+        _require_keys(_GROUP_KEYS, group, "group")
+    for state in state_dict["state"].values():
+        _require_keys(("steps", "exp_avg", "exp_avg_sq"), state, "state")
     groups = [_converted_group(group, init_lr) for group in state_dict["param_groups"]]
     state = {key: _converted_state(value) for key, value in state_dict["state"].items()}
     return {"state": state, "param_groups": groups}
+
+
+_GROUP_KEYS = (
+    "lr", "betas", "eps", "weight_decay",
+    "grokfast", "grokfast_alpha", "grokfast_lamb", "grokfast_after_step",
+)  # fmt: skip
+
+
+def _require_keys(keys: tuple[str, ...], found: dict[str, Any], kind: str) -> None:
+    missing = [key for key in keys if key not in found]
+    if missing:
+        lacks = ", ".join(missing)
+        raise ValueError(f"from_lucidrains: every {kind} must hold {lacks}; got {sorted(found)}")
 
 
 def _converted_group(group: dict[str, Any], init_lr: float) -> dict[str, Any]:
@@ -83,7 +97,7 @@ def load_official_ema(
         name: _filter_state(optimizer, name, params.get(name), mean) for name, mean in ema.items()
     }
     for name, state in states.items():
-        state["grok_exp_avg"].copy_(ema[name])
+        state["grok_exp_avg"].copy_(ema[name].detach())
         state["grok_step"].fill_(1.0)
 
 
