@@ -6,7 +6,7 @@ The meaning of the step is in trm_fast/ops/adaptive_step.py.
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -61,14 +61,13 @@ class AdaptiveStep:
         self.counters = {"step": steps, "grok_step": grok_steps}
         _check_tensors(params, grads, self.states, self.counters)
         self.device = params[0].device if params else torch.device("cpu")
-        self._written = [*params, *chain(*self.states.values()), *chain(*self.counters.values())]
         dtypes = frozenset(t.dtype for t in (*params, *grads, *chain(*self.states.values())))
         self.choice = OPS["adaptive_step"].choose(self.device.type, dtypes, backend)
         self._kinds = list(map(_kind, grads))
         self._contiguous = all(map(Tensor.is_contiguous, params))
         self._places = self._where(params)
         self._scattered = [i for i, param in enumerate(params) if not is_dense(param)]
-        self._table: Tensor | None = None
+        self._table: _Table | None = None
 
     def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Returns whether ``grads`` have the expected dtypes and ``params`` lie where they lay."""
@@ -88,41 +87,48 @@ class AdaptiveStep:
         self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: "Settings"
     ) -> None:
         """Calls a kernel that walks memory by address; other orders of memory go through copies."""
-        table = self._rows()
-        columns = table.numpy()
+        table = self._table = self._table or self._make_table()
         plain = self._contiguous and all(map(Tensor.is_contiguous, grads))
         if not plain or any(map(Tensor.is_neg, grads)):
-            grads = [
-                in_order_of(grad, param) for grad, param in zip(grads, self.params, strict=True)
-            ]
-        columns[:, _GRAD] = list(map(Tensor.data_ptr, grads))
+            grads = [in_order_of(g, param) for g, param in zip(grads, self.params, strict=True)]
+        table.columns[_GRAD] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
         copies = {i: self.params[i].contiguous() for i in self._scattered}
         for i, copy in copies.items():
-            columns[i, COLUMNS.index("param")] = copy.data_ptr()
-        kernel(table, self._ticket, *settings.arguments(self.device))
+            table.columns[_PARAM, i] = copy.data_ptr()
+        kernel(table.rows, table.ticket, *settings.arguments(self.device))
         for i, copy in copies.items():
             self.params[i].copy_(copy)
-        torch.autograd.graph.increment_version(self._written)
+        # Only what a graph is likely to hold: each bump costs as much as reading a pointer.
+        torch.autograd.graph.increment_version(self.params)
 
-    def _rows(self) -> Tensor:
-        if self._table is None:
-            filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
-            filled["grad_dtype"] = [STORAGE.index(dtype) for dtype, _ in self._kinds]
-            for name, tensors in ({"param": self.params} | self.states | self.counters).items():
-                filled[name] = [tensor.data_ptr() for tensor in tensors]
-                if name not in self.counters:
-                    filled[f"{name}_dtype"] = [STORAGE.index(tensor.dtype) for tensor in tensors]
-            absent = [0] * len(self.params)
-            columns = [filled.get(name) or absent for name in COLUMNS]
-            self._table = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
-            on_gpu = self.device.type == "cuda"
-            # Counts the blocks that are done, so that the last one may advance the step counters.
-            self._ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
-        return self._table
+    def _make_table(self) -> "_Table":
+        filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
+        filled["grad_dtype"] = [STORAGE.index(dtype) for dtype, _ in self._kinds]
+        for name, tensors in ({"param": self.params} | self.states | self.counters).items():
+            filled[name] = [tensor.data_ptr() for tensor in tensors]
+            if name not in self.counters:
+                filled[f"{name}_dtype"] = [STORAGE.index(tensor.dtype) for tensor in tensors]
+        absent = [0] * len(self.params)
+        columns = [filled.get(name) or absent for name in COLUMNS]
+        rows = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
+        on_gpu = self.device.type == "cuda"
+        ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
+        return _Table(rows, rows.numpy().T, ticket)
+
+
+class _Table(NamedTuple):
+    """What kernels read instead of lists of tensors.
+
+    ``ticket`` counts the blocks of a GPU that are done, so that the last one may advance the steps.
+    """
+
+    rows: Tensor
+    columns: np.ndarray
+    ticket: Tensor | None
 
 
 _kind = attrgetter("dtype", "layout")
-_GRAD = COLUMNS.index("grad")
+_PARAM, _GRAD = COLUMNS.index("param"), COLUMNS.index("grad")
 
 
 def _check_tensors(

@@ -224,6 +224,7 @@ def adaptive_step_(
         return
     with torch.no_grad():
         AdaptiveStep(*lists, backend=backend)(grads, settings)
+    torch.autograd.graph.increment_version([t for tensors in lists[2:] for t in tensors])
 
 
 _SETTINGS_SCHEMA = (

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class AdaptiveOptimizer(Optimizer):
         self._backend = None if backend is None else check_name(backend)
         self._state_dtypes = _state_dtypes(type(self).__name__, state_dtype)
         self._plans: dict[int, Plan] = {}
+        self._checked: dict[int, tuple[tuple[Any, ...], Settings]] = {}
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
 
@@ -107,10 +109,11 @@ class AdaptiveOptimizer(Optimizer):
         if type(None) in map(type, grads):
             params = [param for param in params if param.grad is not None]
             grads = [grad for grad in grads if grad is not None]
-        settings = self._settings(group)
+        compiling = torch.compiler.is_compiling()
+        settings = self._settings(group) if compiling else self._checked_settings(index, group)
         settings.grad_scale = getattr(self, "grad_scale", None)
         settings.found_inf = getattr(self, "found_inf", None)
-        if torch.compiler.is_compiling():
+        if compiling:
             return partial(self._step_compiled, group, params, grads, settings)
         if not params:
             return _nothing
@@ -122,9 +125,21 @@ class AdaptiveOptimizer(Optimizer):
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(type(self).__name__, param, grad)
             states = [self._complete_state(param, group) for param in params]
-            plan = Plan(names, params, grads, states, self._named_backend(group))
+            plan = Plan(names, self.state, params, grads, states, self._named_backend(group))
             self._plans[index] = plan
         return partial(plan.step, grads, settings)
+
+    def _checked_settings(self, index: int, group: Group) -> Settings:
+        """Returns the settings of ``group``, checked again only if one of its options was set."""
+        options, settings = self._checked.get(index, ((), None))
+        if settings is not None and len(options) == len(group):
+            if all(map(is_, options, group.values())):
+                return settings
+        settings, options = self._settings(group), tuple(group.values())
+        # A tensor may change where it lies, and is looked at each time.
+        if not any(isinstance(option, Tensor) for option in options):
+            self._checked[index] = (options, settings)
+        return settings
 
     def _step_compiled(
         self, group: Group, params: list[Tensor], grads: list[Tensor], settings: Settings
@@ -206,7 +221,7 @@ class AdaptiveOptimizer(Optimizer):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._checked = {}, {}
         for name, default in (("_loading", None), ("_backend", None), ("_state_dtypes", {})):
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:

@@ -40,6 +40,7 @@ class Plan:
     def __init__(
         self,
         names: tuple[str, ...],
+        state: Mapping[Tensor, State],
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
@@ -48,6 +49,7 @@ class Plan:
         self._names = names
         self._params = list(params)
         self._states = states
+        self._all_states = [*state.values(), _END]
         self._tensors = [*chain.from_iterable(map(dict.values, states)), _END]
         self._plain = all(_is_plain(param) for param in params)
         self._indices = parts(params, states)
@@ -75,7 +77,7 @@ class Plan:
             names == self._names
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
-            and all(map(is_, map(state.get, params), self._states))
+            and all(map(is_, chain(state.values(), (_END,)), self._all_states))
             and all(map(is_, tensors, self._tensors))
             and all(
                 step.fits(self._local_params(part, params), self._local_grads(part, grads))
