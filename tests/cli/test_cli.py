@@ -1,8 +1,6 @@
 """The command line: exit codes, one-line errors, help without torch."""
 
 import json
-import os
-import re
 import subprocess
 import sys
 from importlib import import_module
@@ -243,15 +241,3 @@ def test_another_missing_module_keeps_its_traceback(monkeypatch):
     raise_in_run(monkeypatch, ModuleNotFoundError("No module named 'x'", name="x"))
     with pytest.raises(ModuleNotFoundError):
         main(["train", "grokking"])
-
-
-def test_training_lets_waiting_threads_sleep_unless_told_otherwise(tmp_path):
-    code = (
-        "import os, sys; from trm_fast.cli import main; main(sys.argv[1:]); "
-        "print(os.environ['OMP_WAIT_POLICY'])"
-    )
-    command = [sys.executable, "-c", code, "train", "grokking", "--help"]
-    free = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for env, policy in ((free, "PASSIVE"), ({**free, "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert re.search(r"\S+$", done.stdout)[0] == policy

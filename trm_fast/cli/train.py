@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import inspect
-import os
 import re
 from importlib import import_module
 from typing import Any, NoReturn, get_type_hints
@@ -43,9 +42,6 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe not in RECIPES:
         raise ValueError(f"train: unknown recipe {args.recipe!r}{suggest(args.recipe, RECIPES)}")
     recipe = RECIPES[args.recipe]
-    # Read when torch is loaded. By default waiting threads spin: on two cores that another process
-    # used as well, 30 iterations of grokking took 1 to 16 s, and 1.1 to 1.3 s with threads asleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = import_module(recipe.module)
     config = _read_config(getattr(module, recipe.config), args.fields, args.recipe)
     getattr(module, recipe.run)(config)

@@ -14,7 +14,7 @@ from trm_fast._dispatch import check_name
 from trm_fast.ops import Settings, adaptive_step_
 from trm_fast.ops._adaptive_tensors import STATE_STORAGE
 from trm_fast.ops._tensors import in_order_of, is_dense
-from trm_fast.optim._plan import Plan, State, parts, state_lists
+from trm_fast.optim._plan import Plan, State, local_grad, parts, state_lists
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 COUNTERS = ("step", "grok_step")
@@ -120,8 +120,11 @@ class AdaptiveOptimizer(Optimizer):
         if params[0].is_cuda:
             _check_capture(type(self).__name__, group)
         plan = self._plans.get(index)
+        if plan is None or not plan.plain:
+            grads = list(map(local_grad, grads, params))
         names = _state_names(group)
         if plan is None or not plan.holds(names, self.state, params, grads):
+            grads = list(map(local_grad, grads, params))
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(type(self).__name__, param, grad)
             states = [self._complete_state(param, group) for param in params]

@@ -35,7 +35,10 @@ def parts(params: Sequence[Tensor], states: Sequence[State]) -> list[list[int]]:
 
 
 class Plan:
-    """The step of a group, checked once, as long as the same tensors take it."""
+    """The step of a group, checked once, as long as the same tensors take it.
+
+    Gradients are those that ``local_grad`` returns; with ``plain`` parameters that is all of them.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class Plan:
         self._states = states
         self._all_states = [*state.values(), _END]
         self._tensors = [*chain.from_iterable(map(dict.values, states)), _END]
-        self._plain = all(_is_plain(param) for param in params)
+        self.plain = all(map(_is_plain, params))
         self._indices = parts(params, states)
         self._steps = [self._make_step(part, grads, backend) for part in self._indices]
 
@@ -59,7 +62,7 @@ class Plan:
         lists = state_lists(self._names, [self._states[i] for i in part])
         return AdaptiveStep(
             [_local(self._params[i]) for i in part],
-            [_local_grad(grads[i], self._params[i]) for i in part],
+            [grads[i] for i in part],
             *[[_local(tensor) for tensor in tensors] for tensors in lists],
             backend=backend,
         )
@@ -80,24 +83,21 @@ class Plan:
             and all(map(is_, chain(state.values(), (_END,)), self._all_states))
             and all(map(is_, tensors, self._tensors))
             and all(
-                step.fits(self._local_params(part, params), self._local_grads(part, grads))
+                step.fits(self._locals(part, params), self._select(part, grads))
                 for part, step in zip(self._indices, self._steps, strict=True)
             )
         )
 
     def step(self, grads: list[Tensor], settings: Settings) -> None:
         for part, step in zip(self._indices, self._steps, strict=True):
-            step(self._local_grads(part, grads), settings)
+            step(self._select(part, grads), settings)
 
-    def _local_params(self, part: list[int], params: list[Tensor]) -> list[Tensor]:
-        if self._plain and len(part) == len(params):
-            return params
-        return [_local(params[i]) for i in part]
+    def _select(self, part: list[int], tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if len(self._indices) == 1 else [tensors[i] for i in part]
 
-    def _local_grads(self, part: list[int], grads: list[Tensor]) -> list[Tensor]:
-        if self._plain and len(part) == len(grads):
-            return grads
-        return [_local_grad(grads[i], self._params[i]) for i in part]
+    def _locals(self, part: list[int], tensors: list[Tensor]) -> list[Tensor]:
+        selected = self._select(part, tensors)
+        return selected if self.plain else list(map(_local, selected))
 
 
 _END = object()  # makes sequences of different lengths differ
@@ -114,7 +114,7 @@ def _local(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _local_grad(grad: Tensor, param: Tensor) -> Tensor:
+def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     """Returns the part of a gradient that belongs to the local part of its parameter."""
     if hasattr(grad, "placements") and grad.placements != param.placements:  # type: ignore[attr-defined]
         # Backward may leave partial sums, one on each rank.
