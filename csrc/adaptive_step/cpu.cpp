@@ -21,8 +21,11 @@ using torch::stable::Tensor;
 namespace {
 using namespace adaptive_step;
 
-constexpr int64_t kBlock = 1024;  // a block of every array and its buffers fit a 48 KiB first-level cache
-constexpr int64_t kGrain = 8;     // blocks per thread; a fork costs about as much as their work
+constexpr int64_t kBlock = 1024;
+// Passes over buffers want room in the first-level cache for what is fetched next: with blocks of 1024, a step of a
+// bfloat16 model of 7 M parameters took 1.3 times as long.
+constexpr int64_t kBufferedBlock = 256;
+constexpr int64_t kGrain = 8;  // blocks per thread; a fork costs about as much as their work
 constexpr uint32_t kQuietNaN = 0x7fc0;
 
 struct BFloat16 {
@@ -165,7 +168,7 @@ float* load(int64_t address, int64_t dtype, int64_t first, int64_t size, float* 
 
 void step_block(const Row& row, const Plan& plan, const Settings& settings, Update update, int64_t first,
                 int64_t size) {
-  alignas(64) float buffers[4][kBlock];
+  alignas(64) float buffers[4][kBufferedBlock];
   const auto low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
   float* param = load(row.param, row.param_dtype, first, size, buffers[0]);
   float* exp_avg_sq = load(row.exp_avg_sq, row.exp_avg_sq_dtype, first, size, buffers[2]);
@@ -196,6 +199,12 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
     data = place(row.weight_ema, kBFloat16, first);
     round_bfloat16(reinterpret_cast<BFloat16*>(data), ema, key, low, 16, size);
   }
+}
+
+int64_t block_size(const Row& row) {
+  const bool direct = row.param_dtype == kFloat32 && row.grad_dtype == kFloat32 && row.exp_avg_sq_dtype == kFloat32 &&
+                      row.weight_ema_dtype == kFloat32;
+  return direct ? kBlock : kBufferedBlock;
 }
 
 float count_at(int64_t address) { return address == 0 ? 0.0f : *reinterpret_cast<const float*>(address); }
@@ -236,14 +245,14 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
   for (int64_t t = 0; t < tensors; ++t) {
     plans[t] = t > 0 && same_history(rows[t], rows[t - 1]) ? plans[t - 1] : make_plan(rows[t], settings, factor);
     updates[t] = choose_update(rows[t], plans[t], settings);
-    first[t + 1] = first[t] + (rows[t].size + kBlock - 1) / kBlock;
+    first[t + 1] = first[t] + (rows[t].size + block_size(rows[t]) - 1) / block_size(rows[t]);
   }
   torch::stable::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
     int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t block = begin; block < end; ++block) {
       while (block >= first[t + 1]) ++t;
-      const int64_t offset = (block - first[t]) * kBlock;
-      step_block(rows[t], plans[t], settings, updates[t], offset, std::min(kBlock, rows[t].size - offset));
+      const int64_t size = block_size(rows[t]), offset = (block - first[t]) * size;
+      step_block(rows[t], plans[t], settings, updates[t], offset, std::min(size, rows[t].size - offset));
     }
   });
   for (int64_t t = 0; t < tensors; ++t) {
