@@ -5,6 +5,7 @@ device, so that one launch serves all tensors whose dtypes agree. The last progr
 the step counters on, which spares a launch of their own.
 """
 
+from contextlib import nullcontext
 from math import inf, log
 from typing import Any
 
@@ -21,7 +22,7 @@ CHUNKS_PER_PROCESSOR = (
     8  # enough to even out the load, few enough to share the look-up of addresses
 )
 
-# Columns of the table, as in COLUMNS on the page of the op.
+# Columns of the table, as in COLUMNS of trm_fast/ops/_adaptive_tensors.py.
 PARAM: tl.constexpr = tl.constexpr(0)
 GRAD: tl.constexpr = tl.constexpr(1)
 EXP_AVG: tl.constexpr = tl.constexpr(2)
@@ -289,23 +290,25 @@ def adaptive_step_rows_(
     if ticket is None:  # the interpreter, on the CPU
         ticket = torch.zeros(1, dtype=torch.int32)
     rows = table.numpy()
-    for dtypes in np.unique(rows[:, FIRST_DTYPE:], axis=0):
-        same = rows[(rows[:, FIRST_DTYPE:] == dtypes).all(axis=1)]
-        filtered = bool(same[0, GROK_STEP.value] != 0)
-        chunk = chunk_size(int(same[:, SIZE.value].sum()), _processors(ticket.device))
-        on_device, programs = _upload(same, chunk, ticket.device)
-        tensors = len(same)
-        owners = on_device[tensors * WIDTH.value :]
-        adaptive_step_kernel[(programs,)](
-            on_device, owners, owners[programs:], ticket, tensors, programs, chunk, after_step,
-            -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2),
-            1.0 - beta2, eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
-            lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
-            RULE=rule, FILTER=filter if filtered else 0,
-            AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
-            ALIGNED=bool((same[:, : STEP.value] % 16 == 0).all()), BLOCK=BLOCK,
-            **dict(zip(_DTYPES, dtypes.tolist(), strict=True)), num_warps=WARPS,
-        )  # fmt: skip
+    # Triton launches on the current device.
+    with torch.cuda.device(ticket.device) if ticket.is_cuda else nullcontext():
+        for dtypes in np.unique(rows[:, FIRST_DTYPE:], axis=0):
+            same = rows[(rows[:, FIRST_DTYPE:] == dtypes).all(axis=1)]
+            filtered = bool(same[0, GROK_STEP.value] != 0)
+            chunk = chunk_size(int(same[:, SIZE.value].sum()), _processors(ticket.device))
+            on_device, programs = _upload(same, chunk, ticket.device)
+            tensors = len(same)
+            owners = on_device[tensors * WIDTH.value :]
+            adaptive_step_kernel[(programs,)](
+                on_device, owners, owners[programs:], ticket, tensors, programs, chunk, after_step,
+                -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2),
+                1.0 - beta2, eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
+                lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
+                RULE=rule, FILTER=filter if filtered else 0,
+                AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
+                ALIGNED=bool((same[:, : STEP.value] % 16 == 0).all()), BLOCK=BLOCK,
+                **dict(zip(_DTYPES, dtypes.tolist(), strict=True)), num_warps=WARPS,
+            )  # fmt: skip
 
 
 _DTYPES = (
@@ -330,38 +333,42 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-_uploaded: dict[tuple[Any, ...], tuple[Tensor, int]] = {}
-_captured: list[
-    Tensor
-] = []  # a CUDA graph reads its table, and the pinned copy of it, at each replay
+_uploaded: dict[tuple[Any, ...], Tensor] = {}
 _MOST_UPLOADED = 64  # tables of about 12 KB; gradients that move give a new one
+_spare: dict[int, Tensor] = {}  # pinned memory by size: none can be had during a capture
+_captured: list[Tensor] = []  # a CUDA graph copies its table again, and reads it, at each replay
 
 
 def _upload(rows: np.ndarray, chunk: int, device: torch.device) -> tuple[Tensor, int]:
     """Returns one int64 tensor of the rows, the row of each program and its first element, and the
     number of programs."""
-    key = (device, chunk, rows.tobytes())
+    # An empty tensor gets a program too, because its step counts.
+    programs_of = np.maximum(1, -(-rows[:, SIZE.value] // chunk))
+    programs = int(programs_of.sum())
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        host = _spare.pop(rows.size + 2 * programs, None)
+        packed = _pack(rows, chunk, programs_of)
+        host = packed.pin_memory() if host is None else host.copy_(packed)
+        _captured.extend((host, host.to(device, non_blocking=True)))
+        return _captured[-1], programs
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, chunk, rows.tobytes())
     if key not in _uploaded:
-        # An empty tensor gets a program too, because its step counts.
-        programs_of = np.maximum(1, -(-rows[:, SIZE.value] // chunk))
-        owner = np.repeat(np.arange(len(rows)), programs_of)
-        first = np.repeat(np.cumsum(programs_of) - programs_of, programs_of)
-        start = (np.arange(len(owner)) - first) * chunk
-        packed = torch.from_numpy(np.concatenate([rows.ravel(), owner, start]).astype(np.int64))
+        packed = _pack(rows, chunk, programs_of)
         if len(_uploaded) >= _MOST_UPLOADED:
             _uploaded.clear()
-        _uploaded[key] = (_to_device(packed, device), len(owner))
-    return _uploaded[key]
+        if device.type == "cuda":
+            _spare.setdefault(packed.numel(), torch.empty_like(packed).pin_memory())
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        _uploaded[key] = packed
+    return _uploaded[key], programs
 
 
-def _to_device(packed: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda":
-        return packed
-    pinned = packed.pin_memory()
-    there = pinned.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.extend((pinned, there))
-    return there
+def _pack(rows: np.ndarray, chunk: int, programs_of: np.ndarray) -> Tensor:
+    owner = np.repeat(np.arange(len(rows)), programs_of)
+    first = np.repeat(np.cumsum(programs_of) - programs_of, programs_of)
+    start = (np.arange(len(owner)) - first) * chunk
+    return torch.from_numpy(np.concatenate([rows.ravel(), owner, start]).astype(np.int64))
 
 
 def specialisations() -> list[dict[str, Any]]:

@@ -275,7 +275,9 @@ def test_triton_that_is_not_installed_says_so(monkeypatch):
 def test_a_gpu_that_is_missing_or_too_old_is_named(monkeypatch, available, hip, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    capabilities = {0: (9, 0), 1: capability}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     assert _dispatch._gpu_unusable.__wrapped__() == reason
 
 

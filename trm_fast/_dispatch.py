@@ -106,7 +106,8 @@ def _gpu_unusable() -> str | None:
         return "torch finds no CUDA device"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is built for ROCm"
-    major, minor = torch.cuda.get_device_capability()
+    devices = range(torch.cuda.device_count())
+    major, minor = min(torch.cuda.get_device_capability(device) for device in devices)
     return None if major >= 8 else f"needs compute capability 8.0 or higher; got {major}.{minor}"
 
 

@@ -266,6 +266,7 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
                         int64_t after_step, bool maximize, double weight_ema, std::optional<Tensor> lr_at,
                         std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+  STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
   if (found_inf && *address(found_inf) != 0) return;
   Settings settings{static_cast<Rule>(rule),
                     static_cast<Filter>(filter),

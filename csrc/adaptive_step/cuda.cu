@@ -25,7 +25,7 @@ constexpr int kVector = 4;  // 16 bytes of float32 per thread and load
 constexpr int64_t kSmallestChunk = kThreads * kVector;
 constexpr int64_t kLargestChunk = 65536;
 constexpr int64_t kChunksPerProcessor = 8;     // enough to even out the load, few enough to share the look-up
-constexpr int kFewRows = 36, kManyRows = 320;  // what 4 KB of arguments hold, and what 32 KB hold
+constexpr int kFewRows = 36, kManyRows = 320;  // the arguments of a launch hold 4 KB, of a longer one 32,764 B
 
 // A row of the table with its dtypes in one word, two bits each.
 struct DeviceRow {
@@ -38,7 +38,7 @@ enum Array { kParam = 0, kGrad = 1, kExpAvg = 2, kExpAvgSq = 3, kGrokExpAvg = 4,
 struct DeviceSettings {
   Pointers at;
   int rule, filter;
-  float lr, log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, lamb, sign, ema_fresh;
+  float lr, log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, sign, ema_fresh;
   int64_t after_step;
 };
 
@@ -51,6 +51,8 @@ struct Launch {
   DeviceSettings settings;
   int* ticket;
 };
+
+static_assert(sizeof(Launch<kFewRows>) <= 4096 && sizeof(Launch<kManyRows>) <= 32764);
 
 // What one tensor needs at one step.
 struct Plan {
@@ -70,7 +72,7 @@ __device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
   plan.factor = s.sign / value(1.0f, s.at.grad_scale) * value(1.0f, s.at.clip);
   plan.seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
   plan.alpha = s.alpha;
-  plan.fresh = 1.0f - plan.alpha;
+  plan.fresh = s.fresh;
   plan.lamb = value(s.lamb, s.at.lamb);
   plan.l2 = s.rule == kAdam ? weight_decay : 0.0f;
   plan.decay = s.rule == kAdam ? 1.0f : 1.0f - lr * weight_decay;
@@ -272,6 +274,7 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
                         int64_t after_step, bool maximize, double weight_ema, std::optional<Tensor> lr_at,
                         std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+  STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
   const int64_t tensors = table.size(0);
   if (tensors == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(ticket->get_device_index());
@@ -294,6 +297,7 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
   s.eps = static_cast<float>(eps);
   s.weight_decay = static_cast<float>(weight_decay);
   s.alpha = static_cast<float>(alpha);
+  s.fresh = static_cast<float>(1.0 - alpha);
   s.lamb = static_cast<float>(lamb);
   s.sign = maximize ? -1.0f : 1.0f;
   s.ema_fresh = static_cast<float>(1.0 - weight_ema);

@@ -1,5 +1,6 @@
 // What Python hands to the native step: one row of pointers per tensor, and the settings of the call.
-// The meaning is in trm_fast/ops/adaptive_step.py; the order of the columns is COLUMNS there.
+// The meaning is in trm_fast/ops/adaptive_step.py; the order of the columns is COLUMNS in
+// trm_fast/ops/_adaptive_tensors.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

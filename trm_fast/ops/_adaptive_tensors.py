@@ -63,23 +63,35 @@ class AdaptiveStep:
         self.device = params[0].device if params else torch.device("cpu")
         dtypes = frozenset(t.dtype for t in (*params, *grads, *chain(*self.states.values())))
         self.choice = OPS["adaptive_step"].choose(self.device.type, dtypes, backend)
-        self._kinds = list(map(_kind, grads))
+        # Whoever exchanges the memory of states (`.data`) exchanges that of all, so one tells; the
+        # memory that is not looked at each time stays valid.
+        self._watched = exp_avgs
+        unwatched = (exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas)
+        self._kept = [tensor.untyped_storage() for tensor in chain(*unwatched)]
+        self._dtypes = list(map(_dtype, grads))
+        self._negated = any(map(Tensor.is_neg, grads))
         self._contiguous = all(map(Tensor.is_contiguous, params))
         self._places = self._where(params)
         self._scattered = [i for i, param in enumerate(params) if not is_dense(param)]
         self._table: _Table | None = None
 
     def fits(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
-        """Returns whether ``grads`` have the expected dtypes and ``params`` lie where they lay."""
-        return list(map(_kind, grads)) == self._kinds and self._where(params) == self._places
+        """Returns whether the dtypes of ``grads`` and the places of parameters and states are those
+        that were checked."""
+        return list(map(_dtype, grads)) == self._dtypes and self._where(params) == self._places
 
     def _where(self, params: Sequence[Tensor]) -> tuple[object, ...]:
+        watched = list(map(Tensor.data_ptr, self._watched))
         if self._contiguous and all(map(Tensor.is_contiguous, params)):
-            return list(map(Tensor.data_ptr, params)), list(map(Tensor.numel, params))
-        return tuple((param.data_ptr(), param.shape, param.stride()) for param in params)
+            return watched, list(map(Tensor.data_ptr, params)), list(map(Tensor.numel, params))
+        return watched, [(param.data_ptr(), param.shape, param.stride()) for param in params]
 
     def __call__(self, grads: Sequence[Tensor], settings: "Settings") -> None:
         """Takes one step; ``grads`` must fit."""
+        self._grads_contiguous = all(map(Tensor.is_contiguous, grads))
+        if not self._grads_contiguous:
+            for index, grad in enumerate(grads):
+                _check_dense(f"grads[{index}]", grad)
         if self.params:
             self.choice.run(self, grads, settings)
 
@@ -88,14 +100,13 @@ class AdaptiveStep:
     ) -> None:
         """Calls a kernel that walks memory by address; other orders of memory go through copies."""
         table = self._table = self._table or self._make_table()
-        plain = self._contiguous and all(map(Tensor.is_contiguous, grads))
-        if not plain or any(map(Tensor.is_neg, grads)):
+        if not (self._grads_contiguous and self._contiguous) or self._negated:
             grads = [in_order_of(g, param) for g, param in zip(grads, self.params, strict=True)]
         table.columns[_GRAD] = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
         copies = {i: self.params[i].contiguous() for i in self._scattered}
         for i, copy in copies.items():
             table.columns[_PARAM, i] = copy.data_ptr()
-        kernel(table.rows, table.ticket, *settings.arguments(self.device))
+        kernel(table.rows, _ticket(self.device), *settings.arguments(self.device))
         for i, copy in copies.items():
             self.params[i].copy_(copy)
         # Only what a graph is likely to hold: each bump costs as much as reading a pointer.
@@ -103,7 +114,7 @@ class AdaptiveStep:
 
     def _make_table(self) -> "_Table":
         filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
-        filled["grad_dtype"] = [STORAGE.index(dtype) for dtype, _ in self._kinds]
+        filled["grad_dtype"] = [STORAGE.index(dtype) for dtype in self._dtypes]
         for name, tensors in ({"param": self.params} | self.states | self.counters).items():
             filled[name] = [tensor.data_ptr() for tensor in tensors]
             if name not in self.counters:
@@ -111,23 +122,37 @@ class AdaptiveStep:
         absent = [0] * len(self.params)
         columns = [filled.get(name) or absent for name in COLUMNS]
         rows = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
-        on_gpu = self.device.type == "cuda"
-        ticket = torch.zeros(1, dtype=torch.int32, device=self.device) if on_gpu else None
-        return _Table(rows, rows.numpy().T, ticket)
+        return _Table(rows, rows.numpy().T)
 
 
 class _Table(NamedTuple):
-    """What kernels read instead of lists of tensors.
-
-    ``ticket`` counts the blocks of a GPU that are done, so that the last one may advance the steps.
-    """
+    """What kernels read instead of lists of tensors: the rows, and the same memory as columns."""
 
     rows: Tensor
     columns: np.ndarray
-    ticket: Tensor | None
 
 
-_kind = attrgetter("dtype", "layout")
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+_captured_tickets: list[Tensor] = []  # a CUDA graph uses its own at each replay
+
+
+def _ticket(device: torch.device) -> Tensor | None:
+    """Returns the counter of blocks that are done, by which the last one knows to advance steps.
+
+    Steps on one stream take turns with one counter; each capture gets its own, zeroed by the graph.
+    """
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        _captured_tickets.append(torch.zeros(1, dtype=torch.int32, device=device))
+        return _captured_tickets[-1]
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+_dtype = attrgetter("dtype")
 _PARAM, _GRAD = COLUMNS.index("param"), COLUMNS.index("grad")
 
 
@@ -163,22 +188,25 @@ def _check_tensors(
     )
 
 
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {tensor.layout}")
+
+
 def _check_param(index: int, param: Tensor, device: torch.device) -> None:
     name = f"params[{index}]"
     if param.dtype not in (*STORAGE, torch.float64):
         raise TypeError(
             f"adaptive_step_: {name} must be a floating point tensor; got {param.dtype}"
         )
-    if param.layout != torch.strided:
-        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {param.layout}")
+    _check_dense(name, param)
     if param.is_inference() and not torch.is_inference_mode_enabled():
         _require(False, name, "a normal tensor outside inference mode", "an inference tensor")
     _require(param.device == device, name, f"on {device} as params[0]", str(param.device))
 
 
 def _check_like(name: str, tensor: Tensor, param: Tensor, storage: tuple[torch.dtype, ...]) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"adaptive_step_: {name} must be a dense tensor; got {tensor.layout}")
+    _check_dense(name, tensor)
     allowed = (torch.float64,) if param.dtype == torch.float64 else storage
     if tensor.dtype not in allowed:
         raise TypeError(

@@ -40,7 +40,7 @@ and imoneoi/adam-atan2 at 42a1aeb; ``mix`` is "lowbias32" of C. Wellons' hash-pr
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
 from typing import Any
@@ -100,6 +100,8 @@ class Settings:
     found_inf: Tensor | None = None
     clip: Tensor | None = None
     owner: str = "adaptive_step_"  # who speaks in an error
+    # What ``arguments`` returned last, as long as no tensor is among it.
+    _numbers: tuple[Any, ...] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._require(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
@@ -112,8 +114,7 @@ class Settings:
             else:
                 self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
         for name in ("grad_scale", "found_inf", "clip"):
-            if (value := getattr(self, name)) is not None:
-                self._require_scalar_tensor(name, value)
+            self.scale(name, getattr(self, name))
         self._require(0 <= self._number("eps") < inf, "eps", "finite and >= 0")
         if not isinstance(self.after_step, int):
             raise TypeError(f"{self.owner}: after_step must be an int; got {self.after_step!r}")
@@ -123,17 +124,22 @@ class Settings:
         for name in ("alpha", "weight_ema"):
             self._require(0 <= self._number(name) <= 1, name, "in [0, 1]")
 
+    def scale(self, name: str, value: Tensor | None) -> None:
+        """Sets "grad_scale", "found_inf" or "clip", checked."""
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{self.owner}: {name} must be a tensor or None; got {value!r}")
+        if value is not getattr(self, name):
+            self._numbers = None
+        setattr(self, name, value)
+        if value is not None:
+            self._require(value.numel() == 1, name, "a tensor of one element")
+            setattr(self, name, value.reshape(()))
+
     def _number(self, name: str) -> float:
         value = getattr(self, name)
         if not isinstance(value, (int, float)) and not isinstance(value, Real):
             raise TypeError(f"{self.owner}: {name} must be a number; got {value!r}")
         return value  # type: ignore[return-value]
-
-    def _require_scalar_tensor(self, name: str, value: object) -> None:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.owner}: {name} must be a tensor or None; got {value!r}")
-        self._require(value.numel() == 1, name, "a tensor of one element")
-        setattr(self, name, value.reshape(()))
 
     def _require(self, holds: bool, name: str, required: str) -> None:
         if not holds:
@@ -142,16 +148,22 @@ class Settings:
 
     def arguments(self, device: torch.device) -> tuple[Any, ...]:
         """Returns the scalars in the order of the schema, for tensors on ``device``."""
+        if self._numbers is not None:
+            return self._numbers
         lr, lr_at = _split(self.lr, device)
         weight_decay, weight_decay_at = _split(self.weight_decay, device)
         lamb, lamb_at = _split(self.lamb, device)
         optional = (self.grad_scale, self.found_inf, self.clip)
-        return (
+        arguments = (
             RULES.index(self.rule), FILTERS.index(self.filter),
             lr, self.beta1, self.beta2, self.eps, weight_decay, self.alpha, lamb,
             self.after_step, self.maximize, self.weight_ema, lr_at, weight_decay_at, lamb_at,
             *(None if tensor is None else tensor.to(device, torch.float32) for tensor in optional),
         )  # fmt: skip
+        tensors = (self.lr, self.weight_decay, self.lamb, *optional)
+        if not any(isinstance(value, Tensor) for value in tensors):
+            self._numbers = arguments if not torch.compiler.is_compiling() else None
+        return arguments
 
     @classmethod
     def from_arguments(cls, *arguments: Any) -> "Settings":
@@ -170,7 +182,8 @@ def _split(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:
     """Returns a number, or a tensor for the device to read, because the host must not wait."""
     if torch.compiler.is_compiling():
         # A number would be burnt into the graph, and each new learning rate would compile again.
-        value = value if isinstance(value, Tensor) else torch.full((), value)
+        if not isinstance(value, Tensor):
+            return 0.0, torch.full((), value, dtype=torch.float32, device=device)
     elif not isinstance(value, Tensor):
         return value, None
     elif value.device.type == "cpu":
@@ -280,8 +293,13 @@ def _step_one(
 ) -> None:
     real = torch.float64 if param.dtype == torch.float64 else torch.float32
     keep = None if s.found_inf is None else s.found_inf.to(param.device) == 0
-    t = step.double() + 1
-    lr, weight_decay, lamb = map(_double, (s.lr, s.weight_decay, s.lamb))
+    # Scalars are as exact as the device allows; MPS has no float64.
+    exact = torch.float32 if param.device.type == "mps" else torch.float64
+    t = step.to(exact) + 1
+    lr, weight_decay, lamb = (
+        value.to(param.device, exact) if isinstance(value, Tensor) else value
+        for value in (s.lr, s.weight_decay, s.lamb)
+    )
     p, m, v = param.to(real, copy=torch.is_grad_enabled()), exp_avg.to(real), exp_avg_sq.to(real)
 
     g = grad.to(real)
@@ -316,11 +334,6 @@ def _step_one(
     _write(exp_avg_sq, v, keep, bits=(t, 1, 0))
     _write(param, p, keep)
     _write(step, t, keep)
-
-
-def _double(value: Scalar) -> Scalar:
-    """Returns a tensor in float64, so that scalars are multiplied as exactly as numbers are."""
-    return value.double() if isinstance(value, Tensor) else value
 
 
 def _write(

@@ -14,12 +14,13 @@ from trm_fast._dispatch import check_name
 from trm_fast.ops import Settings, adaptive_step_
 from trm_fast.ops._adaptive_tensors import STATE_STORAGE
 from trm_fast.ops._tensors import in_order_of, is_dense
-from trm_fast.optim._plan import Plan, State, local_grad, parts, state_lists
+from trm_fast.optim._plan import Plan, State, local, local_grad, parts, state_lists
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 COUNTERS = ("step", "grok_step")
 
 Group = dict[str, Any]
+Checked = tuple[Settings, tuple[str, ...]]
 
 
 class AdaptiveOptimizer(Optimizer):
@@ -48,7 +49,8 @@ class AdaptiveOptimizer(Optimizer):
         self._backend = None if backend is None else check_name(backend)
         self._state_dtypes = _state_dtypes(type(self).__name__, state_dtype)
         self._plans: dict[int, Plan] = {}
-        self._checked: dict[int, tuple[tuple[Any, ...], Settings]] = {}
+        self._checked: dict[int, tuple[tuple[Any, ...], Checked]] = {}
+        self._known: list[State] = []
         self._loading: dict[str, Any] | None = None
         super().__init__(params, defaults)
 
@@ -98,10 +100,18 @@ class AdaptiveOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if not torch.compiler.is_compiling():
+                self._notice_replaced_states()
             # Every group is checked before the first one moves.
             for call in [self._prepared(i, group) for i, group in enumerate(self.param_groups)]:
                 call()
         return loss
+
+    def _notice_replaced_states(self) -> None:
+        states = self.state.values()
+        if len(states) != len(self._known) or not all(map(is_, states, self._known)):
+            self._plans.clear()
+            self._known = list(states)
 
     def _prepared(self, index: int, group: Group) -> Callable[[], None]:
         """Returns the step of one group, checked and ready to be taken."""
@@ -110,52 +120,60 @@ class AdaptiveOptimizer(Optimizer):
             params = [param for param in params if param.grad is not None]
             grads = [grad for grad in grads if grad is not None]
         compiling = torch.compiler.is_compiling()
-        settings = self._settings(group) if compiling else self._checked_settings(index, group)
-        settings.grad_scale = getattr(self, "grad_scale", None)
-        settings.found_inf = getattr(self, "found_inf", None)
         if compiling:
-            return partial(self._step_compiled, group, params, grads, settings)
+            settings, names = self._settings(group), _state_names(group)
+        else:
+            settings, names = self._checked_settings(index, group)
+        settings.scale("grad_scale", getattr(self, "grad_scale", None))
+        settings.scale("found_inf", getattr(self, "found_inf", None))
+        if compiling:
+            return partial(self._step_compiled, group, names, params, grads, settings)
+        if _is_capturing():
+            _check_capture(type(self).__name__, group)
         if not params:
             return _nothing
-        if params[0].is_cuda:
-            _check_capture(type(self).__name__, group)
         plan = self._plans.get(index)
         if plan is None or not plan.plain:
             grads = list(map(local_grad, grads, params))
-        names = _state_names(group)
-        if plan is None or not plan.holds(names, self.state, params, grads):
+        backend = self._named_backend(group)
+        if plan is None or not plan.holds(names, params, grads, backend):
             grads = list(map(local_grad, grads, params))
             for param, grad in zip(params, grads, strict=True):
                 _check_grad(type(self).__name__, param, grad)
             states = [self._complete_state(param, group) for param in params]
-            plan = Plan(names, self.state, params, grads, states, self._named_backend(group))
-            self._plans[index] = plan
+            plan = self._plans[index] = Plan(names, params, grads, states, backend)
         return partial(plan.step, grads, settings)
 
-    def _checked_settings(self, index: int, group: Group) -> Settings:
-        """Returns the settings of ``group``, checked again only if one of its options was set."""
-        options, settings = self._checked.get(index, ((), None))
-        if settings is not None and len(options) == len(group):
-            if all(map(is_, options, group.values())):
-                return settings
-        settings, options = self._settings(group), tuple(group.values())
-        # A tensor may change where it lies, and is looked at each time.
-        if not any(isinstance(option, Tensor) for option in options):
-            self._checked[index] = (options, settings)
-        return settings
+    def _checked_settings(self, index: int, group: Group) -> Checked:
+        """Returns the settings of ``group`` and the names of its states; looks at its options again
+        only if one of them was set."""
+        options, found = self._checked.get(index, ((), None))
+        unchanged = len(options) == len(group) and all(map(is_, options, group.values()))
+        if found is None or not unchanged:
+            found = self._settings(group), _state_names(group)
+            looked_at = [option for name, option in group.items() if name not in _LISTS]
+            if not any(map(_may_change, looked_at)):
+                self._checked[index] = tuple(group.values()), found
+        return found
 
     def _step_compiled(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], settings: Settings
+        self,
+        group: Group,
+        names: tuple[str, ...],
+        params: list[Tensor],
+        grads: list[Tensor],
+        settings: Settings,
     ) -> None:
         """Takes the step through the dispatcher, where the compiler sees what it writes."""
-        names = _state_names(group)
+        for param, grad in zip(params, grads, strict=True):
+            _check_grad(type(self).__name__, param, grad)
         states = [self._complete_state(param, group) for param in params]
         for part in parts(params, states):
             lists = state_lists(names, [states[i] for i in part])
             adaptive_step_(
-                [params[i] for i in part],
-                [grads[i] for i in part],
-                *lists,
+                [local(params[i]) for i in part],
+                [local_grad(grads[i], params[i]) for i in part],
+                *[[local(tensor) for tensor in tensors] for tensors in lists],
                 settings=settings,
                 backend=self._named_backend(group),
             )
@@ -164,11 +182,21 @@ class AdaptiveOptimizer(Optimizer):
         one_by_one = group["differentiable"] or group["fused"] is False
         return self._backend or ("reference" if one_by_one else None)
 
-    def _complete_state(self, param: Tensor, group: Group) -> State:
-        """Creates what the state of ``param`` lacks, and moves it where the parameter has moved."""
+    def _complete_state(self, param: Tensor, group: Group, late: tuple[str, ...] = ()) -> State:
+        """Creates what the state of ``param`` lacks but for ``late``, and lets it follow the
+        parameter to its device, dtype and memory order."""
         state: State = self.state[param]
         for name in _state_names(group):
             value = state.get(name)
+            if isinstance(value, (int, float)):
+                value = torch.tensor(float(value))
+            if value is None and name in late:
+                continue
+            if value is None and param.is_cuda and _is_capturing():
+                raise RuntimeError(
+                    f"{type(self).__name__}: every state must exist before a CUDA graph is "
+                    f"captured; {name} does not: take one step first"
+                )
             if value is None or (value.is_meta and not param.is_meta):
                 state[name] = self._new_state(name, param)
                 if name == "grok_exp_avg":
@@ -224,7 +252,7 @@ class AdaptiveOptimizer(Optimizer):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
-        self._plans, self._checked = {}, {}
+        self._plans, self._checked, self._known = {}, {}, []
         for name, default in (("_loading", None), ("_backend", None), ("_state_dtypes", {})):
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:
@@ -244,8 +272,9 @@ class AdaptiveOptimizer(Optimizer):
                 state[name] = self._adopted(name, saved[name], param)
             if "grok_exp_avg" in saved and "grok_step" not in saved and "step" in saved:
                 state["grok_step"] = state["step"].clone()
+            # The weights may be loaded after this, so their average starts at the next step.
             if state or param.requires_grad:
-                self._complete_state(param, group)
+                self._complete_state(param, group, late=("weight_ema",))
 
     def _adopted(self, name: str, value: Any, param: Tensor) -> Tensor:
         if name in COUNTERS:
@@ -288,6 +317,19 @@ def _suited(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     return value if hasattr(value, "to_local") else in_order_of(value, param)
 
 
+_LISTS = ("params", "param_names")
+
+
+def _may_change(option: Any) -> bool:
+    """Returns whether an option may change where it lies, and has to be looked at each time."""
+    inner = option if isinstance(option, tuple) else ()
+    return isinstance(option, (Tensor, list)) or any(map(_may_change, inner))
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _nothing() -> None:
     pass
 
@@ -310,7 +352,7 @@ def _check_grad(owner: str, param: Tensor, grad: Tensor) -> None:
 
 def _check_capture(owner: str, group: Group) -> None:
     """Refuses what a CUDA graph would get wrong for good. A replay does not come back here."""
-    if not torch.cuda.is_current_stream_capturing():
+    if not any(param.is_cuda for param in group["params"]):
         return
     if not group["capturable"]:
         raise RuntimeError(

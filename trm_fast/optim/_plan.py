@@ -1,6 +1,6 @@
 """The step of a parameter group, checked once and kept as long as the same tensors take it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_fast._dispatch import named_backend
 from trm_fast.ops import AdaptiveStep, Settings
 
 State = dict[str, Any]
@@ -43,16 +44,15 @@ class Plan:
     def __init__(
         self,
         names: tuple[str, ...],
-        state: Mapping[Tensor, State],
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
         backend: str | None,
     ) -> None:
         self._names = names
+        self._backends = (backend, named_backend())
         self._params = list(params)
         self._states = states
-        self._all_states = [*state.values(), _END]
         self._tensors = [*chain.from_iterable(map(dict.values, states)), _END]
         self.plain = all(map(_is_plain, params))
         self._indices = parts(params, states)
@@ -61,26 +61,26 @@ class Plan:
     def _make_step(self, part: list[int], grads: list[Tensor], backend: str | None) -> AdaptiveStep:
         lists = state_lists(self._names, [self._states[i] for i in part])
         return AdaptiveStep(
-            [_local(self._params[i]) for i in part],
+            [local(self._params[i]) for i in part],
             [grads[i] for i in part],
-            *[[_local(tensor) for tensor in tensors] for tensors in lists],
+            *[[local(tensor) for tensor in tensors] for tensors in lists],
             backend=backend,
         )
 
     def holds(
         self,
         names: tuple[str, ...],
-        state: Mapping[Tensor, State],
         params: list[Tensor],
         grads: list[Tensor],
+        backend: str | None,
     ) -> bool:
-        """Returns whether these tensors and all states are still those that were checked."""
+        """Returns whether these tensors and their states are still those that were checked."""
         tensors = chain(chain.from_iterable(map(dict.values, self._states)), (_END,))
         return (
             names == self._names
+            and (backend, named_backend()) == self._backends
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
-            and all(map(is_, chain(state.values(), (_END,)), self._all_states))
             and all(map(is_, tensors, self._tensors))
             and all(
                 step.fits(self._locals(part, params), self._select(part, grads))
@@ -97,7 +97,7 @@ class Plan:
 
     def _locals(self, part: list[int], tensors: list[Tensor]) -> list[Tensor]:
         selected = self._select(part, tensors)
-        return selected if self.plain else list(map(_local, selected))
+        return selected if self.plain else list(map(local, selected))
 
 
 _END = object()  # makes sequences of different lengths differ
@@ -107,7 +107,7 @@ def _is_plain(param: Tensor) -> bool:
     return type(param) in (torch.nn.Parameter, Tensor) and not param.is_complex()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """Returns the plain real tensor behind a DTensor or a complex tensor."""
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
@@ -119,4 +119,4 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     if hasattr(grad, "placements") and grad.placements != param.placements:  # type: ignore[attr-defined]
         # Backward may leave partial sums, one on each rank.
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    return _local(grad)
+    return local(grad)

@@ -35,7 +35,8 @@ class GrokFastAdamW(AdaptiveOptimizer):
         after_step: number of first steps without filter; the mean starts at the first gradient
             behind them.
         maximize: ascends instead; negates the gradient before the filter.
-        capturable: allows a step inside a CUDA graph.
+        capturable: allows a step inside a CUDA graph. A replay reads ``lr``, ``weight_decay`` and
+            ``lamb`` again only where they are tensors on the device; numbers are burnt in.
         differentiable: lets autograd see the step; runs the reference.
         foreach: accepted for ``torch.optim``'s sake; all tensors of a group always take their step
             together.
@@ -43,7 +44,8 @@ class GrokFastAdamW(AdaptiveOptimizer):
             the reference.
         backend: "reference", "cpp", "cuda" or "triton" must run; None takes the first usable one.
         weight_ema: decay per step of an average of the weights, in [0, 1], kept in
-            ``state[p]["weight_ema"]``; None keeps none.
+            ``state[p]["weight_ema"]``; it starts at the weights before the first step. None keeps
+            none.
         decoupled_weight_decay: False adds ``weight_decay * param`` to the filtered gradient, which
             makes it Adam.
         state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg" and
@@ -92,6 +94,10 @@ class GrokFastAdamW(AdaptiveOptimizer):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if differentiable and backend not in (None, "reference"):
+            raise ValueError(
+                f"GrokFastAdamW: backend must be 'reference' with differentiable; got {backend!r}"
+            )
         defaults = {
             "lr": lr,
             "betas": _pair(betas),

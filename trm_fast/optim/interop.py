@@ -91,6 +91,7 @@ def load_official_ema(
         KeyError: ``ema`` has a name that no parameter of the optimizer has; nothing is loaded then.
         ValueError: a mean differs in shape from its parameter, or its group has no filter; nothing
             is loaded then.
+        TypeError: a mean is not a tensor, as with the window filter; nothing is loaded then.
     """
     params = dict(named_parameters)
     states = {
@@ -111,6 +112,8 @@ def _filter_state(
         raise ValueError(
             f"load_official_ema: {name!r} must be in a group with a filter and lamb > 0"
         )
+    if not isinstance(mean, Tensor):
+        raise TypeError(f"load_official_ema: {name!r} must be a tensor; got {type(mean).__name__}")
     if mean.shape != param.shape:
         shapes = f"{tuple(param.shape)}; got {tuple(mean.shape)}"
         raise ValueError(f"load_official_ema: {name!r} must be of shape {shapes}")

@@ -232,7 +232,7 @@ def _build(config: GrokkingConfig) -> tuple[Decoder, Tensor, Tensor, torch.Gener
     equations = modular_equations(config.prime, config.operation)
     generator = torch.Generator()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)  # not those of GPUs
         model = Decoder(config.prime + 2)
         # The published code draws weights, split and batches from one stream, in this order.
         generator.set_state(torch.get_rng_state())
@@ -242,15 +242,14 @@ def _build(config: GrokkingConfig) -> tuple[Decoder, Tensor, Tensor, torch.Gener
 
 
 def _optimizer(model: nn.Module, config: GrokkingConfig) -> GrokFastAdamW:
-    filtered = config.filter != "none"
     return GrokFastAdamW(
         model.parameters(),
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
         alpha=config.alpha,
-        lamb=config.lamb if filtered else 0.0,
-        filter=config.filter if filtered else "ema",
+        lamb=config.lamb,
+        filter=None if config.filter == "none" else config.filter,
         decoupled_weight_decay=config.optimizer == "adamw",
     )
 
@@ -334,7 +333,7 @@ def _score(loss: Tensor, right: Tensor) -> Tensor:
 
 
 def _mean(scores: list[Tensor], batches: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Averages scores over equations; the only transfer from the device in an epoch."""
+    """Averages scores over equations; the only transfer from the device in a pass over them."""
     sizes = torch.tensor([batch.shape[1] for batch in batches], dtype=torch.float64)
     loss, accuracy = (sizes @ torch.stack(scores).cpu().double() / sizes.sum()).tolist()
     return loss, accuracy
