@@ -5,7 +5,7 @@
 
 A switch is 0 (leave out), 1 (build or stop) or auto (the default: build where possible). Both
 libraries use the stable ABI of libtorch 2.11 and nothing of Python, so one build serves every later
-torch and every Python. CUDA code compiles without a GPU, and under a torch without CUDA.
+torch (of the same CUDA major version, for `_cuda.so`) and every Python. CUDA code compiles without a GPU, and under a torch without CUDA.
 """
 
 import os

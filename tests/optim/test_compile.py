@@ -184,3 +184,12 @@ def test_compiled_step_refuses_a_bad_option_by_name() -> None:
     set_grads(params, make_grads(params, 1)[0])
     with pytest.raises(Exception, match="lr must be finite and >= 0"):
         compiled(optimizer, "eager")()
+
+
+def test_complex_parameters_are_refused_with_the_way_out() -> None:
+    param = torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    param.grad = torch.ones_like(param)
+    optimizer = GrokFastAdamW([param])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="leave step\\(\\) uncompiled"):
+        torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()

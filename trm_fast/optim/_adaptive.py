@@ -14,7 +14,7 @@ from trm_fast._dispatch import check_name
 from trm_fast.ops import Settings, adaptive_step_
 from trm_fast.ops._adaptive_tensors import STATE_STORAGE
 from trm_fast.ops._tensors import in_order_of, is_dense
-from trm_fast.optim._plan import Plan, State, local, local_grad, parts, state_lists
+from trm_fast.optim._plan import Plan, State, is_plain, local_grad, parts, state_lists
 
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 COUNTERS = ("step", "grok_step")
@@ -167,13 +167,18 @@ class AdaptiveOptimizer(Optimizer):
         """Takes the step through the dispatcher, where the compiler sees what it writes."""
         for param, grad in zip(params, grads, strict=True):
             _check_grad(type(self).__name__, param, grad)
+            if not is_plain(param):
+                raise TypeError(
+                    f"{type(self).__name__}: parameters of a compiled step must be plain real "
+                    f"tensors; got {type(param).__name__} {param.dtype}: leave step() uncompiled"
+                )
         states = [self._complete_state(param, group) for param in params]
         for part in parts(params, states):
             lists = state_lists(names, [states[i] for i in part])
             adaptive_step_(
-                [local(params[i]) for i in part],
-                [local_grad(grads[i], params[i]) for i in part],
-                *[[local(tensor) for tensor in tensors] for tensors in lists],
+                [params[i] for i in part],
+                [grads[i] for i in part],
+                *lists,
                 settings=settings,
                 backend=self._named_backend(group),
             )

@@ -54,16 +54,16 @@ class Plan:
         self._params = list(params)
         self._states = states
         self._tensors = [*chain.from_iterable(map(dict.values, states)), _END]
-        self.plain = all(map(_is_plain, params))
+        self.plain = all(map(is_plain, params))
         self._indices = parts(params, states)
         self._steps = [self._make_step(part, grads, backend) for part in self._indices]
 
     def _make_step(self, part: list[int], grads: list[Tensor], backend: str | None) -> AdaptiveStep:
         lists = state_lists(self._names, [self._states[i] for i in part])
         return AdaptiveStep(
-            [local(self._params[i]) for i in part],
+            [_local(self._params[i]) for i in part],
             [grads[i] for i in part],
-            *[[local(tensor) for tensor in tensors] for tensors in lists],
+            *[[_local(tensor) for tensor in tensors] for tensors in lists],
             backend=backend,
         )
 
@@ -97,17 +97,18 @@ class Plan:
 
     def _locals(self, part: list[int], tensors: list[Tensor]) -> list[Tensor]:
         selected = self._select(part, tensors)
-        return selected if self.plain else list(map(local, selected))
+        return selected if self.plain else list(map(_local, selected))
 
 
 _END = object()  # makes sequences of different lengths differ
 
 
-def _is_plain(param: Tensor) -> bool:
+def is_plain(param: Tensor) -> bool:
+    """Returns whether a parameter is neither complex nor of a tensor subclass such as DTensor."""
     return type(param) in (torch.nn.Parameter, Tensor) and not param.is_complex()
 
 
-def local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """Returns the plain real tensor behind a DTensor or a complex tensor."""
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
@@ -119,4 +120,4 @@ def local_grad(grad: Tensor, param: Tensor) -> Tensor:
     if hasattr(grad, "placements") and grad.placements != param.placements:  # type: ignore[attr-defined]
         # Backward may leave partial sums, one on each rank.
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    return local(grad)
+    return _local(grad)
