@@ -4,8 +4,9 @@
     trm_fast/_cuda.so   from csrc/*/cuda.cu    switch TRM_FAST_CUDA
 
 A switch is 0 (leave out), 1 (build or stop) or auto (the default: build where possible). Both
-libraries use the stable ABI of libtorch 2.11 and nothing of Python, so one build serves every later
-torch (of the same CUDA major version, for `_cuda.so`) and every Python. CUDA code compiles without a GPU, and under a torch without CUDA.
+libraries use the stable ABI of libtorch 2.11 and nothing of Python, so one build serves every
+Python and every later torch, which for _cuda.so must have the same CUDA major version. CUDA code
+compiles without a GPU, and under a torch without CUDA.
 """
 
 import os
