@@ -30,6 +30,8 @@ from trm_fast.optim import GrokFastAdamW
 
 Options = dict[str, Any]
 
+STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
+
 FILTERS: dict[str, Options] = {
     "lamb0": {"lamb": 0.0},
     "ema": {"lamb": 2.0},
@@ -225,3 +227,11 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float, what:
     """|actual - expected| <= bound, element by element."""
     error = (actual.detach().double() - expected.detach().double()).abs()
     assert (error <= bound).all(), f"{what}: worst error {error.max():.3g} over its bound"
+
+
+def one(*values: float, dtype: torch.dtype = torch.float32) -> Parameter:
+    return Parameter(torch.tensor(values, dtype=dtype))
+
+
+def step_with(optimizer: torch.optim.Optimizer, *grads: Tensor | None) -> None:
+    train(optimizer, [grads])
