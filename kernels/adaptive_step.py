@@ -389,23 +389,16 @@ def specialisations() -> list[dict[str, Any]]:
     signature |= dict.fromkeys(scalars, "fp32")
     kinds = []
     for rule, filter, average, aligned, given, *dtypes in (
-        (0, 1, False, True, False, 0, 0, 0, 0, 0, 0),  # float32 throughout
-        (0, 1, False, True, True, 0, 0, 1, 0, 1, 0),  # filter and first moment in bfloat16
-        (1, 2, True, True, True, 1, 1, 0, 0, 0, 0),  # bfloat16 model, float32 states
-        (
-            2,
-            1,
-            True,
-            False,
-            True,
-            2,
-            2,
-            1,
-            1,
-            1,
-            1,
-        ),  # float16 model, bfloat16 states, odd addresses
-        (2, 0, False, True, False, 1, 1, 0, 0, 0, 0),  # no filter
+        # float32 throughout
+        (0, 1, False, True, False, 0, 0, 0, 0, 0, 0),
+        # filter and first moment in bfloat16
+        (0, 1, False, True, True, 0, 0, 1, 0, 1, 0),
+        # bfloat16 model, float32 states
+        (1, 2, True, True, True, 1, 1, 0, 0, 0, 0),
+        # float16 model, bfloat16 states, odd addresses
+        (2, 1, True, False, True, 2, 2, 1, 1, 1, 1),
+        # no filter
+        (2, 0, False, True, False, 1, 1, 0, 0, 0, 0),
     ):
         present = dict.fromkeys(optional, "*fp32") if given else {}
         constants = dict.fromkeys(() if given else optional)
