@@ -195,6 +195,13 @@ def test_an_optional_scalar_has_one_element_of_any_shape(backend, device, name, 
     assert_step([make((), device=device)], settings_with(**{name: value}), backend)
 
 
+def test_a_number_that_is_set_between_two_calls_counts(backend, device):
+    settings = settings_with()
+    assert_step([make(device=device)], settings, backend)
+    settings.lr = 2 * settings.lr
+    assert_step([make(device=device)], settings, backend)
+
+
 def test_scalars_are_read_at_the_call_and_not_kept(backend, device):
     lr, settings = torch.tensor(1e-2, device=device), settings_with()
     settings.lr = lr

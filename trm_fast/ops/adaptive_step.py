@@ -124,13 +124,17 @@ class Settings:
         for name in ("alpha", "weight_ema"):
             self._require(0 <= self._number(name) <= 1, name, "in [0, 1]")
 
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name != "_numbers":
+            object.__setattr__(self, "_numbers", None)
+
     def scale(self, name: str, value: Tensor | None) -> None:
         """Sets "grad_scale", "found_inf" or "clip", checked."""
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{self.owner}: {name} must be a tensor or None; got {value!r}")
-        if value is not getattr(self, name):
-            self._numbers = None
-        setattr(self, name, value)
+        if value is not None or getattr(self, name) is not None:
+            setattr(self, name, value)
         if value is not None:
             self._require(value.numel() == 1, name, "a tensor of one element")
             setattr(self, name, value.reshape(()))
