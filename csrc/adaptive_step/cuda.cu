@@ -36,7 +36,9 @@ struct DeviceRow {
 enum Array { kParam = 0, kGrad = 1, kExpAvg = 2, kExpAvgSq = 3, kGrokExpAvg = 4, kWeightEma = 5 };
 
 struct DeviceSettings {
-  Pointers at;
+  struct {
+    const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
+  } at;
   int rule, filter;
   float lr, log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, sign, ema_fresh;
   int64_t after_step;

@@ -1,4 +1,4 @@
-// What Python hands to the native step: one row of pointers per tensor, and the settings of the call.
+// What Python hands to the native step: one row of addresses per tensor, and scalars that may lie in memory.
 // The meaning is in trm_fast/ops/adaptive_step.py; the order of the columns is COLUMNS in
 // trm_fast/ops/_adaptive_tensors.py.
 #pragma once
@@ -22,20 +22,7 @@ struct Row {
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
 
-struct Settings {
-  Rule rule;
-  Filter filter;
-  double lr, beta1, beta2, eps, weight_decay, alpha, lamb;
-  int64_t after_step;
-  bool maximize;
-  double weight_ema;
-};
-
-// Scalars that live in memory, float32, because the host must not wait for them; null where absent.
-struct Pointers {
-  const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
-};
-
+// A scalar that lies in memory, float32, because the host must not wait for it; null where absent.
 inline const float* address(const std::optional<torch::stable::Tensor>& scalar) {
   return scalar ? scalar->const_data_ptr<float>() : nullptr;
 }

@@ -10,7 +10,7 @@ from trm_fast.cli import COMMANDS
 
 HELP = COMMANDS["info"]
 
-_PACKAGES = ("torch", "numpy", "triton", "rich", "jsonargparse", "matplotlib", "safetensors")
+_PACKAGES = ("torch", "numpy", "triton", "rich", "jsonargparse", "matplotlib")
 _VARIABLES = ("TRM_FAST_BACKEND", "TRM_FAST_STRICT", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 
