@@ -5,22 +5,23 @@ device, so that one launch serves all tensors whose dtypes agree. The last progr
 the step counters on, which spares a launch of their own.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from math import inf, log
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from trm_fast.kernels._rows import chunk_size, lay_out
 
-BLOCK = 1024  # 8 values per thread and array: two 16-byte loads in flight for each
+# 8 values per thread and array: two 16-byte loads in flight for each. Also the chunk of a ring
+# whose sum is taken anew at once.
+BLOCK: tl.constexpr = tl.constexpr(1024)
 WARPS = 4
-SMALLEST_CHUNK, LARGEST_CHUNK = 1024, 65536
-CHUNKS_PER_PROCESSOR = (
-    8  # enough to even out the load, few enough to share the look-up of addresses
-)
+RING_MULTIPLE: tl.constexpr = tl.constexpr(8)  # elements in 16 bytes of bfloat16
 
 # Columns of the table, as in COLUMNS of trm_fast/ops/_adaptive_tensors.py.
 PARAM: tl.constexpr = tl.constexpr(0)
@@ -29,26 +30,64 @@ EXP_AVG: tl.constexpr = tl.constexpr(2)
 EXP_AVG_SQ: tl.constexpr = tl.constexpr(3)
 GROK_EXP_AVG: tl.constexpr = tl.constexpr(4)
 WEIGHT_EMA: tl.constexpr = tl.constexpr(5)
-STEP: tl.constexpr = tl.constexpr(6)
-GROK_STEP: tl.constexpr = tl.constexpr(7)
-SIZE: tl.constexpr = tl.constexpr(8)
-FIRST_DTYPE = 9
-WIDTH: tl.constexpr = tl.constexpr(15)
+GROK_RING: tl.constexpr = tl.constexpr(6)
+SUMS: tl.constexpr = tl.constexpr(7)
+STEP: tl.constexpr = tl.constexpr(8)
+GROK_STEP: tl.constexpr = tl.constexpr(9)
+SIZE: tl.constexpr = tl.constexpr(10)
+WINDOW: tl.constexpr = tl.constexpr(11)
+FIRST_DTYPE = 12
+WIDTH: tl.constexpr = tl.constexpr(19)
 
 FLOAT32: tl.constexpr = tl.constexpr(0)
 BFLOAT16: tl.constexpr = tl.constexpr(1)
+ADAMW: tl.constexpr = tl.constexpr(0)
 ADAM: tl.constexpr = tl.constexpr(1)
 ATAN2: tl.constexpr = tl.constexpr(2)
+SGD: tl.constexpr = tl.constexpr(3)
+MOMENTUM: tl.constexpr = tl.constexpr(4)
+FILTER_ONLY: tl.constexpr = tl.constexpr(5)
 NO_FILTER: tl.constexpr = tl.constexpr(0)
 EMA: tl.constexpr = tl.constexpr(1)
+HIGHPASS: tl.constexpr = tl.constexpr(2)
+PROJECTION: tl.constexpr = tl.constexpr(3)
+COSINE_GATE: tl.constexpr = tl.constexpr(4)
+MOVING_AVERAGE: tl.constexpr = tl.constexpr(5)
+
+
+class Plan(NamedTuple):
+    """What one tensor needs at one step."""
+
+    t: Any  # this step
+    k: Any  # steps that the filter has taken
+    filtering: Any
+    seeding: Any
+    factor: Any  # of the gradient: sign * clip / grad_scale
+    alpha: Any
+    fresh: Any  # 1 - alpha
+    gain: Any  # of the gradient in what the filter gives
+    pull: Any  # of the mean, or of the sum of the ring, in it
+    beta1: Any
+    take1: Any  # share of the gradient in the first moment
+    beta2: Any
+    keep2: Any  # 1 - beta2
+    eps: Any
+    l2: Any  # weight decay of "adam" and "sgd"
+    decay: Any  # 1 - lr * weight decay of the other rules
+    pace: Any  # lr / (1 - beta1^t)
+    debias: Any  # 1 / sqrt(1 - beta2^t)
+    ema_fresh: Any  # 1 - weight_ema
+    size: Any
+    window: Any
 
 
 @triton.jit
-def _pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _array(row, COLUMN: tl.constexpr, DTYPES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where an array of a tensor begins; dtypes are in the order of the columns."""
     address = tl.load(row + COLUMN)
-    if DTYPE == FLOAT32:
+    if DTYPES[COLUMN] == FLOAT32:
         pointer = address.to(tl.pointer_type(tl.float32))
-    elif DTYPE == BFLOAT16:
+    elif DTYPES[COLUMN] == BFLOAT16:
         pointer = address.to(tl.pointer_type(tl.bfloat16))
     else:
         pointer = address.to(tl.pointer_type(tl.float16))
@@ -75,19 +114,16 @@ def _store(pointer, offsets, value, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _store_state(
-    pointer,
-    offsets,
-    value,
-    word,
-    SHIFT: tl.constexpr,
-    mask,
-    MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    if DTYPE == BFLOAT16:
-        bits = value.to(tl.uint32, bitcast=True) + ((word >> SHIFT) & 0xFFFF)
-        bits = tl.where(value == value, bits >> 16, 0x7FC0).to(tl.uint16)
+def _rounded(value, word, SHIFT: tl.constexpr):
+    """The bits of bfloat16, rounded stochastically, as uint32."""
+    bits = value.to(tl.uint32, bitcast=True) + ((word >> SHIFT) & 0xFFFF)
+    return tl.where(value == value, bits >> 16, 0x7FC0).to(tl.uint32)
+
+
+@triton.jit
+def _store_state(pointer, offsets, value, word, SHIFT: tl.constexpr, mask, MASKED: tl.constexpr):
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = _rounded(value, word, SHIFT).to(tl.uint16)
         _store(pointer.to(tl.pointer_type(tl.uint16)), offsets, bits, mask, MASKED)
     else:
         _store(pointer, offsets, value, mask, MASKED)
@@ -147,51 +183,148 @@ def _value(number, pointer):
 
 
 @triton.jit
-def _step_block(
-    row, offsets, mask, t, filtering, seeding, factor, alpha, fresh, lamb, keep1, beta2, keep2, eps,
-    l2, decay, pace, debias, ema_fresh,
-    RULE: tl.constexpr, FILTER: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr, GROK_EXP_AVG_DTYPE: tl.constexpr,
-    WEIGHT_EMA_DTYPE: tl.constexpr,
-):  # fmt: skip
-    param_ptr = _pointer(row, PARAM, PARAM_DTYPE, ALIGNED)
-    grad_ptr = _pointer(row, GRAD, GRAD_DTYPE, ALIGNED)
-    exp_avg_ptr = _pointer(row, EXP_AVG, EXP_AVG_DTYPE, ALIGNED)
-    exp_avg_sq_ptr = _pointer(row, EXP_AVG_SQ, EXP_AVG_SQ_DTYPE, ALIGNED)
-    p = _load(param_ptr, offsets, mask, MASKED)
-    g = _load(grad_ptr, offsets, mask, MASKED) * factor
-    m = _load(exp_avg_ptr, offsets, mask, MASKED)
-    v = _load(exp_avg_sq_ptr, offsets, mask, MASKED)
-    word = _random_words(t, offsets, 0)
-
-    if FILTER != NO_FILTER:
-        if filtering:
-            grok_ptr = _pointer(row, GROK_EXP_AVG, GROK_EXP_AVG_DTYPE, ALIGNED)
-            mu = _load(grok_ptr, offsets, mask, MASKED)
-            mu = tl.where(seeding, g, alpha * mu + fresh * g)
-            _store_state(grok_ptr, offsets, mu, word, 16, mask, MASKED, GROK_EXP_AVG_DTYPE)
-            g = g + lamb * (mu if FILTER == EMA else g - mu)
-    if RULE == ADAM:
-        g = g + l2 * p
-    m = m + keep1 * (g - m)
-    v = beta2 * v + keep2 * g * g
-    vhat = tl.sqrt(v) * debias
-    old = p
-    if RULE == ATAN2:
-        p = decay * p - pace * _atan2_right(m, vhat)
+def _blend_by_sums(row, k, factor, alpha, fresh, lamb, proj_eps, FILTER: tl.constexpr):
+    """Scalars in float64, once per program: what is left when sums cancel counts."""
+    sums = tl.load(row + SUMS).to(tl.pointer_type(tl.float64))
+    factor, lamb = factor.to(tl.float64), lamb.to(tl.float64)
+    # The sums are over the gradient as it is and the mean before this step; both change below.
+    alpha = tl.where(k == 0, 0.0, alpha.to(tl.float64))
+    fresh = tl.where(k == 0, 1.0, fresh.to(tl.float64))
+    dot = tl.load(sums) * factor
+    square = tl.load(sums + 1) * factor * factor
+    mean_square = alpha * alpha * tl.load(sums + 2) + fresh * fresh * square
+    mean_square += 2 * alpha * fresh * dot
+    dot = alpha * dot + fresh * square
+    if FILTER == PROJECTION:
+        gain = 1.0
+        pull = tl.where(mean_square > proj_eps, lamb * dot / mean_square, 0.0).to(tl.float32)
     else:
-        p = decay * p - pace * m / (vhat + eps)
+        aligned = dot > 0.5 * tl.sqrt(square * mean_square)
+        gain = tl.where(aligned, lamb, 1 / lamb).to(tl.float32)
+        pull = 0.0
+    return gain, pull
+
+
+@triton.jit
+def _blend(
+    row, t, k, window, factor, alpha, fresh, lamb, after_step, proj_eps,
+    FILTER: tl.constexpr, WARMUP: tl.constexpr,
+):  # fmt: skip
+    """What a filter multiplies the gradient by, and its mean or the sum of its ring."""
+    if FILTER == PROJECTION or FILTER == COSINE_GATE:
+        gain, pull = _blend_by_sums(row, k, factor, alpha, fresh, lamb, proj_eps, FILTER)
+    elif FILTER == MOVING_AVERAGE:
+        known = tl.minimum(k + 1, window)
+        amplified = t > after_step
+        if WARMUP:
+            amplified = amplified & (known == window)
+        gain, pull = 1.0, tl.where(amplified, lamb / known.to(tl.float32), 0.0)
+    elif FILTER == HIGHPASS:
+        gain, pull = 1 + lamb, -lamb
+    else:
+        gain, pull = 1.0, lamb
+    return gain, pull
+
+
+@triton.jit
+def _filter_by_mean(g, word, plan, mean_ptr, offsets, mask, MASKED: tl.constexpr):
+    if plan.filtering:
+        mu = _load(mean_ptr, offsets, mask, MASKED)
+        mu = tl.where(plan.seeding, g, plan.alpha * mu + plan.fresh * g)
+        _store_state(mean_ptr, offsets, mu, word, 16, mask, MASKED)
+        g = plan.gain * g + plan.pull * mu
+    return g
+
+
+@triton.jit
+def _filter_by_ring(
+    g, word, first, plan, sum_ptr, ring_ptr, offsets, mask, MASKED: tl.constexpr
+):  # fmt: skip
+    k, window = plan.k, plan.window
+    slot = ring_ptr + (k % window).to(tl.int64) * plan.size
+    replaced = tl.zeros_like(g)
+    total = tl.zeros_like(g)
+    if plan.seeding | ((k + 1 + (first // BLOCK).to(tl.int32)) % (2 * window) == 0):
+        for age in range(tl.maximum(k + 1 - window, 0), k):
+            past = ring_ptr + (age % window).to(tl.int64) * plan.size
+            total += _load(past, offsets, mask, MASKED)
+    else:
+        total = _load(sum_ptr, offsets, mask, MASKED)
+        if k >= window:
+            replaced = _load(slot, offsets, mask, MASKED)
+    fresh = g
+    if slot.dtype.element_ty == tl.bfloat16:
+        fresh = (_rounded(g, word, 16) << 16).to(tl.float32, bitcast=True)
+    total += fresh - replaced
+    _store_state(slot, offsets, g, word, 16, mask, MASKED)
+    _store(sum_ptr, offsets, total, mask, MASKED)
+    # A sum that is withheld may be infinite.
+    return tl.where(plan.pull != 0, g + plan.pull * total, g)
+
+
+@triton.jit
+def _step_block(
+    row, first, plan, MASKED: tl.constexpr, RULE: tl.constexpr, FILTER: tl.constexpr,
+    MOMENT: tl.constexpr, NESTEROV: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPES: tl.constexpr,
+):  # fmt: skip
+    ADAPTIVE: tl.constexpr = RULE == ADAMW or RULE == ADAM or RULE == ATAN2
+    offsets = first + tl.arange(0, BLOCK).to(tl.int64)
+    mask = offsets < plan.size
+    param_ptr = _array(row, PARAM, DTYPES, ALIGNED)
+    grad_ptr = _array(row, GRAD, DTYPES, ALIGNED)
+    exp_avg_ptr = _array(row, EXP_AVG, DTYPES, ALIGNED)
+    exp_avg_sq_ptr = _array(row, EXP_AVG_SQ, DTYPES, ALIGNED)
+    mean_ptr = _array(row, GROK_EXP_AVG, DTYPES, ALIGNED)
+    if ADAPTIVE or RULE == SGD:
+        p = _load(param_ptr, offsets, mask, MASKED)
+        old = p
+    g = _load(grad_ptr, offsets, mask, MASKED) * plan.factor
+    if MOMENT:
+        m = _load(exp_avg_ptr, offsets, mask, MASKED)
+    if ADAPTIVE:
+        v = _load(exp_avg_sq_ptr, offsets, mask, MASKED)
+
+    word = _random_words(plan.t, offsets, 0)
+    if FILTER == MOVING_AVERAGE:
+        ring_ptr = _array(row, GROK_RING, DTYPES, ALIGNED)
+        g = _filter_by_ring(g, word, first, plan, mean_ptr, ring_ptr, offsets, mask, MASKED)
+    elif FILTER != NO_FILTER:
+        g = _filter_by_mean(g, word, plan, mean_ptr, offsets, mask, MASKED)
+
+    if RULE == ADAM or RULE == SGD:
+        g = g + plan.l2 * p
+    if MOMENT and RULE == SGD:
+        m = tl.where(plan.t == 1, g, plan.beta1 * m + plan.take1 * g)
+    elif MOMENT:
+        m = m + plan.take1 * (g - m)
+    if RULE == FILTER_ONLY:
+        p = g
+    elif RULE == MOMENTUM:
+        p = g + plan.beta1 * (m - g) if NESTEROV else m
+    elif RULE == SGD:
+        if MOMENT:
+            g = g + plan.beta1 * m if NESTEROV else m
+        p = p - plan.pace * g
+    else:
+        v = plan.beta2 * v + plan.keep2 * g * g
+        vhat = tl.sqrt(v) * plan.debias
+        if RULE == ATAN2:
+            p = plan.decay * p - plan.pace * _atan2_right(m, vhat)
+        else:
+            p = plan.decay * p - plan.pace * m / (vhat + plan.eps)
 
     _store(param_ptr, offsets, p.to(param_ptr.dtype.element_ty), mask, MASKED)
-    _store_state(exp_avg_ptr, offsets, m, word, 0, mask, MASKED, EXP_AVG_DTYPE)
-    word = _random_words(t, offsets, 1)
-    _store_state(exp_avg_sq_ptr, offsets, v, word, 0, mask, MASKED, EXP_AVG_SQ_DTYPE)
+    if MOMENT:
+        _store_state(exp_avg_ptr, offsets, m, word, 0, mask, MASKED)
+    word = _random_words(plan.t, offsets, 1)
+    if ADAPTIVE:
+        _store_state(exp_avg_sq_ptr, offsets, v, word, 0, mask, MASKED)
     if AVERAGE:
-        ema_ptr = _pointer(row, WEIGHT_EMA, WEIGHT_EMA_DTYPE, ALIGNED)
-        e = tl.where(t == 1, old, _load(ema_ptr, offsets, mask, MASKED))
-        e = e + ema_fresh * (p - e)
-        _store_state(ema_ptr, offsets, e, word, 16, mask, MASKED, WEIGHT_EMA_DTYPE)
+        ema_ptr = _array(row, WEIGHT_EMA, DTYPES, ALIGNED)
+        e = tl.where(plan.t == 1, old, _load(ema_ptr, offsets, mask, MASKED))
+        e = e + plan.ema_fresh * (p - e)
+        _store_state(ema_ptr, offsets, e, word, 16, mask, MASKED)
 
 
 @triton.jit
@@ -205,24 +338,25 @@ def _count_steps(table_ptr, tensors, after_step, FILTER: tl.constexpr):
         tl.store(step_ptr, t, mask=mask)
         if FILTER != NO_FILTER:
             grok_ptr = tl.load(row + GROK_STEP, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-            mask = mask & (t > after_step)
+            if FILTER != MOVING_AVERAGE:
+                mask = mask & (t > after_step)
             tl.store(grok_ptr, tl.load(grok_ptr, mask=mask, other=0.0) + 1, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tensors", "programs", "after_step"])
+@triton.jit(do_not_specialize=["tensors", "after_step"])
 def adaptive_step_kernel(
-    table_ptr, owner_ptr, start_ptr, ticket_ptr, tensors, programs, chunk, after_step, sign, lr,
-    log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, ema_fresh,
+    table_ptr, owner_ptr, start_ptr, ticket_ptr, tensors, chunk, after_step, sign, lr, beta1, take1,
+    log_beta1, beta2, keep2, log_beta2, eps, weight_decay, alpha, fresh, lamb, proj_eps, ema_fresh,
     lr_ptr, weight_decay_ptr, lamb_ptr, grad_scale_ptr, found_inf_ptr, clip_ptr,
-    RULE: tl.constexpr, FILTER: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr, PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    EXP_AVG_DTYPE: tl.constexpr, EXP_AVG_SQ_DTYPE: tl.constexpr, GROK_EXP_AVG_DTYPE: tl.constexpr,
-    WEIGHT_EMA_DTYPE: tl.constexpr,
+    RULE: tl.constexpr, FILTER: tl.constexpr, MOMENT: tl.constexpr, NESTEROV: tl.constexpr,
+    WARMUP: tl.constexpr, AVERAGE: tl.constexpr, ALIGNED: tl.constexpr, DTYPES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = table_ptr + tl.load(owner_ptr + program) * WIDTH
     start = tl.multiple_of(tl.load(start_ptr + program), BLOCK)
-    size = tl.load(row + SIZE)
+    size, window = tl.load(row + SIZE), tl.load(row + WINDOW).to(tl.int32)
+    if ALIGNED and FILTER == MOVING_AVERAGE:
+        size = tl.multiple_of(size, RING_MULTIPLE)
     healthy = True
     if found_inf_ptr is not None:
         healthy = tl.load(found_inf_ptr) == 0
@@ -232,49 +366,51 @@ def adaptive_step_kernel(
         factor = factor / tl.load(grad_scale_ptr)
     if clip_ptr is not None:
         factor = factor * tl.load(clip_ptr)
-    lr = _value(lr, lr_ptr)
+    lr, lamb = _value(lr, lr_ptr), _value(lamb, lamb_ptr)
     weight_decay = _value(weight_decay, weight_decay_ptr)
-    lamb = _value(lamb, lamb_ptr)
     alpha, fresh = tl.cast(alpha, tl.float32), tl.cast(fresh, tl.float32)
-    keep1, keep2 = tl.cast(keep1, tl.float32), tl.cast(keep2, tl.float32)
-    beta2, eps = tl.cast(beta2, tl.float32), tl.cast(eps, tl.float32)
-    ema_fresh = tl.cast(ema_fresh, tl.float32)
 
     t = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))) + 1
-    pace = lr / _one_minus_exp(t * tl.cast(log_beta1, tl.float32))
-    debias = 1 / tl.sqrt(_one_minus_exp(t * tl.cast(log_beta2, tl.float32)))
-    decay = 1 - lr * weight_decay
-    if RULE == ADAM:
-        decay = 1.0
-    filtering = t > after_step
-    seeding = False
+    pace, debias, decay = lr, 1.0, 1.0
+    if RULE == ADAMW or RULE == ADAM or RULE == ATAN2:
+        pace = lr / _one_minus_exp(t * tl.cast(log_beta1, tl.float32))
+        debias = 1 / tl.sqrt(_one_minus_exp(t * tl.cast(log_beta2, tl.float32)))
+    if RULE == ADAMW or RULE == ATAN2:
+        decay = 1 - lr * weight_decay
+    k, seeding, gain, pull = 0, False, 1.0, 0.0
     if FILTER != NO_FILTER:
-        seeding = tl.load(tl.load(row + GROK_STEP).to(tl.pointer_type(tl.float32))) == 0
-
+        k = tl.load(tl.load(row + GROK_STEP).to(tl.pointer_type(tl.float32))).to(tl.int32)
+        seeding = k == 0
+        gain, pull = _blend(
+            row, t, k, window, factor, alpha, fresh, lamb, after_step, proj_eps, FILTER, WARMUP
+        )
+    plan = Plan(
+        t=t, k=k, filtering=t > after_step, seeding=seeding, factor=factor, alpha=alpha,
+        fresh=fresh, gain=gain, pull=pull,
+        beta1=tl.cast(beta1, tl.float32), take1=tl.cast(take1, tl.float32),
+        beta2=tl.cast(beta2, tl.float32), keep2=tl.cast(keep2, tl.float32),
+        eps=tl.cast(eps, tl.float32), l2=weight_decay, decay=decay, pace=pace, debias=debias,
+        ema_fresh=tl.cast(ema_fresh, tl.float32), size=size, window=window,
+    )  # fmt: skip
     if healthy:
         end = tl.minimum(start + chunk, size)
         for first in range(start, end, BLOCK):
             first = tl.multiple_of(first, BLOCK)
-            offsets = first + tl.arange(0, BLOCK).to(tl.int64)
             # Two copies of the body: a mask forbids wide loads, and only the last block needs one.
             if first + BLOCK <= size:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, seeding, factor, alpha, fresh, lamb,
-                    keep1, beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE,
-                    FILTER, AVERAGE, ALIGNED, False, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE,
-                    EXP_AVG_SQ_DTYPE, GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
+                    row, first, plan, False,
+                    RULE, FILTER, MOMENT, NESTEROV, AVERAGE, ALIGNED, DTYPES,
                 )  # fmt: skip
             else:
                 _step_block(
-                    row, offsets, offsets < size, t, filtering, seeding, factor, alpha, fresh, lamb,
-                    keep1, beta2, keep2, eps, weight_decay, decay, pace, debias, ema_fresh, RULE,
-                    FILTER, AVERAGE, ALIGNED, True, PARAM_DTYPE, GRAD_DTYPE, EXP_AVG_DTYPE,
-                    EXP_AVG_SQ_DTYPE, GROK_EXP_AVG_DTYPE, WEIGHT_EMA_DTYPE,
+                    row, first, plan, True,
+                    RULE, FILTER, MOMENT, NESTEROV, AVERAGE, ALIGNED, DTYPES,
                 )  # fmt: skip
         # Every warp has read its counters before this program counts as done.
         tl.debug_barrier()
         done = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
-        if done == programs - 1:
+        if done == tl.num_programs(0) - 1:
             _count_steps(table_ptr, tensors, after_step, FILTER)
             tl.store(ticket_ptr, 0)
 
@@ -282,135 +418,100 @@ def adaptive_step_kernel(
 def adaptive_step_rows_(
     table: Tensor, ticket: Tensor | None, rule: int, filter: int, lr: float, beta1: float,
     beta2: float, eps: float, weight_decay: float, alpha: float, lamb: float, after_step: int,
-    maximize: bool, weight_ema: float, lr_at: Tensor | None, weight_decay_at: Tensor | None,
-    lamb_at: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None,
-    clip: Tensor | None,
+    maximize: bool, weight_ema: float, dampening: float, nesterov: bool, warmup: bool,
+    proj_eps: float, lr_at: Tensor | None, weight_decay_at: Tensor | None, lamb_at: Tensor | None,
+    grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None,
 ) -> None:  # fmt: skip
     """Launches the kernel once for each combination of dtypes among the rows of ``table``."""
     if ticket is None:  # the interpreter, on the CPU
         ticket = torch.zeros(1, dtype=torch.int32)
     rows = table.numpy()
+    sgd = rule == SGD.value
     # Triton launches on the current device.
     with torch.cuda.device(ticket.device) if ticket.is_cuda else nullcontext():
-        for dtypes in np.unique(rows[:, FIRST_DTYPE:], axis=0):
-            same = rows[(rows[:, FIRST_DTYPE:] == dtypes).all(axis=1)]
+        for same, layout in _groups(rows):
             filtered = bool(same[0, GROK_STEP.value] != 0)
-            chunk = chunk_size(int(same[:, SIZE.value].sum()), _processors(ticket.device))
-            on_device, programs = _upload(same, chunk, ticket.device)
-            tensors = len(same)
-            owners = on_device[tensors * WIDTH.value :]
-            adaptive_step_kernel[(programs,)](
-                on_device, owners, owners[programs:], ticket, tensors, programs, chunk, after_step,
-                -1.0 if maximize else 1.0, lr, _log(beta1), 1.0 - beta1, beta2, _log(beta2),
-                1.0 - beta2, eps, weight_decay, alpha, 1.0 - alpha, lamb, 1.0 - weight_ema,
+            sizes = same[:, SIZE.value]
+            chunk = chunk_size(int(sizes.sum()), ticket.device)
+            on_device, owner, start = lay_out(same, sizes, chunk, ticket.device)
+            adaptive_step_kernel[(len(owner),)](
+                on_device, owner, start, ticket, len(same), chunk, after_step,
+                -1.0 if maximize else 1.0, lr, beta1, 1.0 - (dampening if sgd else beta1),
+                _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, weight_decay, alpha, 1.0 - alpha,
+                lamb, proj_eps, 1.0 - weight_ema,
                 lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
-                RULE=rule, FILTER=filter if filtered else 0,
-                AVERAGE=bool(same[:, WEIGHT_EMA.value].any()),
-                ALIGNED=bool((same[:, : STEP.value] % 16 == 0).all()), BLOCK=BLOCK,
-                **dict(zip(_DTYPES, dtypes.tolist(), strict=True)), num_warps=WARPS,
+                RULE=rule, FILTER=filter if filtered else NO_FILTER.value,
+                MOMENT=bool(same[:, EXP_AVG.value].any()), NESTEROV=nesterov, WARMUP=warmup,
+                AVERAGE=bool(same[:, WEIGHT_EMA.value].any()), **layout,
             )  # fmt: skip
 
 
-_DTYPES = (
-    "PARAM_DTYPE", "GRAD_DTYPE", "EXP_AVG_DTYPE", "EXP_AVG_SQ_DTYPE", "GROK_EXP_AVG_DTYPE",
-    "WEIGHT_EMA_DTYPE",
-)  # fmt: skip
+def _groups(rows: np.ndarray) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Yields the rows that one launch serves, and what they have in common."""
+    # A slot of a ring is aligned only if all of them are.
+    rings = (rows[:, WINDOW.value] == 0) | (rows[:, SIZE.value] % RING_MULTIPLE.value == 0)
+    aligned = (rows[:, : SUMS.value] % 16 == 0).all(axis=1) & rings
+    kinds = np.column_stack([aligned, rows[:, FIRST_DTYPE:]])
+    for kind in np.unique(kinds, axis=0):
+        yield rows[(kinds == kind).all(axis=1)], _layout(bool(kind[0]), tuple(kind[1:].tolist()))
+
+
+def _layout(aligned: bool, dtypes: tuple[int, ...]) -> dict[str, Any]:
+    # Without wide loads every value has an address of its own, so a thread gets half as many.
+    return {"ALIGNED": aligned, "DTYPES": dtypes, "num_warps": WARPS if aligned else 2 * WARPS}
 
 
 def _log(beta: float) -> float:
     return log(beta) if beta > 0 else -inf
 
 
-def chunk_size(elements: int, processors: int) -> int:
-    """Returns the elements per program, a power of two that gives each processor several."""
-    wanted = triton.next_power_of_2(max(1, elements // (CHUNKS_PER_PROCESSOR * processors)))
-    return min(max(wanted, SMALLEST_CHUNK), LARGEST_CHUNK)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_uploaded: dict[tuple[Any, ...], Tensor] = {}
-_MOST_UPLOADED = 64  # tables of about 12 KB; gradients that move give a new one
-_spare: dict[int, Tensor] = {}  # pinned memory by size: none can be had during a capture
-_captured: list[Tensor] = []  # a CUDA graph copies its table again, and reads it, at each replay
-
-
-def _upload(rows: np.ndarray, chunk: int, device: torch.device) -> tuple[Tensor, int]:
-    """Returns one int64 tensor of the rows, the row of each program and its first element, and the
-    number of programs."""
-    # An empty tensor gets a program too, because its step counts.
-    programs_of = np.maximum(1, -(-rows[:, SIZE.value] // chunk))
-    programs = int(programs_of.sum())
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        host = _spare.pop(rows.size + 2 * programs, None)
-        packed = _pack(rows, chunk, programs_of)
-        host = packed.pin_memory() if host is None else host.copy_(packed)
-        _captured.extend((host, host.to(device, non_blocking=True)))
-        return _captured[-1], programs
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, chunk, rows.tobytes())
-    if key not in _uploaded:
-        packed = _pack(rows, chunk, programs_of)
-        if len(_uploaded) >= _MOST_UPLOADED:
-            _uploaded.clear()
-        if device.type == "cuda":
-            _spare.setdefault(packed.numel(), torch.empty_like(packed).pin_memory())
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        _uploaded[key] = packed
-    return _uploaded[key], programs
-
-
-def _pack(rows: np.ndarray, chunk: int, programs_of: np.ndarray) -> Tensor:
-    owner = np.repeat(np.arange(len(rows)), programs_of)
-    first = np.repeat(np.cumsum(programs_of) - programs_of, programs_of)
-    start = (np.arange(len(owner)) - first) * chunk
-    return torch.from_numpy(np.concatenate([rows.ravel(), owner, start]).astype(np.int64))
-
-
 def specialisations() -> list[dict[str, Any]]:
     """Returns the kinds of launch that are compiled for every target without a GPU, as a check."""
+    names = adaptive_step_kernel.arg_names
     pointers = ("table_ptr", "owner_ptr", "start_ptr", "ticket_ptr")
-    integers = ("tensors", "programs", "chunk", "after_step")
-    optional = (
-        "lr_ptr", "weight_decay_ptr", "lamb_ptr", "grad_scale_ptr", "found_inf_ptr", "clip_ptr",
-    )  # fmt: skip
-    signature = dict.fromkeys(pointers, "*i64") | dict.fromkeys(integers, "i32")
-    signature |= {"ticket_ptr": "*i32"}
-    constexprs = ("RULE", "FILTER", "AVERAGE", "ALIGNED", "BLOCK", *_DTYPES)
-    scalars = [
-        name
-        for name in adaptive_step_kernel.arg_names
-        if name not in (*signature, *optional, *constexprs)
-    ]
-    signature |= dict.fromkeys(scalars, "fp32")
-    kinds = []
-    for rule, filter, average, aligned, given, *dtypes in (
+    optional = [name for name in names if name.endswith("_ptr") and name not in pointers]
+    flags = ("MOMENT", "NESTEROV", "WARMUP", "AVERAGE")
+    types = dict.fromkeys(pointers, "*i64") | {"ticket_ptr": "*i32"}
+    types |= dict.fromkeys(("tensors", "chunk", "after_step"), "i32")
+    types |= dict.fromkeys(optional, "*fp32")
+    adamw, adam, atan2, sgd, momentum, only = range(6)
+    none, ema, highpass, projection, cosine_gate, ma = range(6)
+    plain = (0,) * 7
+    launches = []
+    for rule, filter, dtypes, aligned, given, *true in (
         # float32 throughout
-        (0, 1, False, True, False, 0, 0, 0, 0, 0, 0),
+        (adamw, ema, plain, True, False, "MOMENT"),
         # filter and first moment in bfloat16
-        (0, 1, False, True, True, 0, 0, 1, 0, 1, 0),
+        (adamw, ema, (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT"),
         # bfloat16 model, float32 states
-        (1, 2, True, True, True, 1, 1, 0, 0, 0, 0),
+        (adam, highpass, (1, 1, 0, 0, 0, 0, 0), True, True, "MOMENT", "AVERAGE"),
         # float16 model, bfloat16 states, odd addresses
-        (2, 1, True, False, True, 2, 2, 1, 1, 1, 1),
+        (atan2, ema, (2, 2, 1, 1, 1, 1, 0), False, True, "MOMENT", "AVERAGE"),
         # no filter
-        (2, 0, False, True, False, 1, 1, 0, 0, 0, 0),
+        (atan2, none, (1, 1, 0, 0, 0, 0, 0), True, False, "MOMENT"),
+        # sums over tensors
+        (adamw, projection, plain, True, True, "MOMENT"),
+        (adam, cosine_gate, plain, True, False, "MOMENT"),
+        # rings
+        (adamw, ma, plain, True, False, "MOMENT", "WARMUP"),
+        (atan2, ma, (2, 2, 1, 1, 0, 1, 1), False, True, "MOMENT", "AVERAGE"),
+        # the other rules
+        (sgd, ma, plain, True, False, "MOMENT", "NESTEROV", "AVERAGE"),
+        (sgd, ema, (1, 1, 0, 0, 1, 0, 0), True, False),
+        (momentum, ema, (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT", "NESTEROV"),
+        (only, ma, (1, 1, 0, 0, 0, 0, 1), True, False),
     ):
-        present = dict.fromkeys(optional, "*fp32") if given else {}
-        constants = dict.fromkeys(() if given else optional)
-        constants |= dict(
-            zip(constexprs, (rule, filter, average, aligned, BLOCK, *dtypes), strict=True)
-        )
-        kinds.append(
+        constants = {"RULE": rule, "FILTER": filter} | {name: name in true for name in flags}
+        constants |= _layout(aligned, dtypes) | dict.fromkeys(() if given else optional)
+        options = {"num_warps": constants.pop("num_warps")}
+        launches.append(
             {
-                "signature": signature | present,
+                "kernel": "adaptive_step_kernel",
+                "signature": {n: types.get(n, "fp32") for n in names if n not in constants},
                 "constants": constants,
-                "options": {"num_warps": WARPS},
+                "options": options,
                 "aligned": [*pointers, "chunk"],
+                "float64": filter in (projection, cosine_gate),
             }
         )
-    return kinds
+    return launches

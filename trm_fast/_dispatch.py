@@ -159,8 +159,8 @@ class Example:
         errors = {}
         for name, value in self.run(backend).items():
             difference = (value.double() - truth[name]).abs()
-            scale = truth[name].abs().max() if truth[name].numel() else torch.tensor(1.0)
-            errors[name] = (difference.max() / scale).item() if difference.numel() else 0.0
+            largest = truth[name].abs().max().item() if truth[name].numel() else 0.0
+            errors[name] = difference.max().item() / (largest or 1.0) if difference.numel() else 0.0
         return errors
 
 

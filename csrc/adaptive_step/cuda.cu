@@ -2,9 +2,7 @@
 //
 // A block of threads works through one chunk of one tensor; the addresses of all tensors travel in the arguments of the
 // launch, so nothing is copied and a CUDA graph may replay it. The last block to finish moves the step counters on.
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -14,33 +12,36 @@
 
 #include "adaptive_step/math.h"
 #include "adaptive_step/table.h"
+#include "common/cuda_chunks.h"
+#include "common/cuda_floats.h"
 
 using torch::stable::Tensor;
 
 namespace {
 using namespace adaptive_step;
+using namespace trm_fast;
 
-constexpr int kThreads = 256;
-constexpr int kVector = 4;  // 16 bytes of float32 per thread and load
-constexpr int64_t kSmallestChunk = kThreads * kVector;
-constexpr int64_t kLargestChunk = 65536;
-constexpr int64_t kChunksPerProcessor = 8;     // enough to even out the load, few enough to share the look-up
+constexpr int64_t kRingChunk = 1024;           // elements of a ring that are summed anew together
 constexpr int kFewRows = 36, kManyRows = 320;  // the arguments of a launch hold 4 KB, of a longer one 32,764 B
 
 // A row of the table with its dtypes in one word, two bits each.
 struct DeviceRow {
-  int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, step, grok_step, size;
-  uint32_t dtypes;
-  bool wide;  // every array starts at a multiple of 16 bytes
+  int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, grok_ring, sums, step, grok_step, size;
+  int32_t window;
+  uint16_t dtypes;
+  bool wide;  // every array, and every slot of the ring, starts where a wide load may
 };
-enum Array { kParam = 0, kGrad = 1, kExpAvg = 2, kExpAvgSq = 3, kGrokExpAvg = 4, kWeightEma = 5 };
+enum Array { kParam, kGrad, kExpAvg, kExpAvgSq, kGrokExpAvg, kWeightEma, kGrokRing };
+constexpr int kArrays = 7;
 
 struct DeviceSettings {
   struct {
     const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
   } at;
   int rule, filter;
-  float lr, log_beta1, keep1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, sign, ema_fresh;
+  bool nesterov, warmup;
+  float lr, beta1, take1, log_beta1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, sign, ema_fresh;
+  double precise_alpha, proj_eps;
   int64_t after_step;
 };
 
@@ -59,36 +60,61 @@ static_assert(sizeof(Launch<kFewRows>) <= 4096 && sizeof(Launch<kManyRows>) <= 3
 // What one tensor needs at one step.
 struct Plan {
   bool filtering, seeding;
-  float factor, alpha, fresh, lamb, l2, decay, pace, debias;
+  float factor, alpha, fresh, gain, pull, l2, decay, pace, debias;
   uint32_t step;
+  uint32_t filtered;  // steps that the filter has taken
+  int64_t slot;       // of the ring: the address of its first element
 };
 
 __device__ float value(float number, const float* at) { return at == nullptr ? number : *at; }
 
-__device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
-  const float step = *reinterpret_cast<const float*>(row.step) + 1;
-  const float lr = value(s.lr, s.at.lr), weight_decay = value(s.weight_decay, s.at.weight_decay);
-  const bool filtering = s.filter != kNone && row.grok_step != 0 && step > static_cast<float>(s.after_step);
-  Plan plan;
-  plan.filtering = filtering;
-  plan.factor = s.sign / value(1.0f, s.at.grad_scale) * value(1.0f, s.at.clip);
-  plan.seeding = filtering && *reinterpret_cast<const float*>(row.grok_step) == 0;
-  plan.alpha = s.alpha;
-  plan.fresh = s.fresh;
-  plan.lamb = value(s.lamb, s.at.lamb);
-  plan.l2 = s.rule == kAdam ? weight_decay : 0.0f;
-  plan.decay = s.rule == kAdam ? 1.0f : 1.0f - lr * weight_decay;
-  plan.pace = lr / -expm1f(step * s.log_beta1);
-  plan.debias = rsqrtf(-expm1f(step * s.log_beta2));
-  plan.step = static_cast<uint32_t>(step);
-  return plan;
+__device__ Blend blend(const DeviceRow& row, const DeviceSettings& s, const Plan& plan) {
+  const float lamb = value(s.lamb, s.at.lamb);
+  if (s.filter == kHighpass) return {1.0f + lamb, -lamb};
+  if (s.filter == kMa) {
+    const uint32_t window = row.window, known = min(plan.filtered + 1, window);
+    const bool amplified = plan.step > s.after_step && !(s.warmup && known < window);
+    return {1.0f, amplified ? lamb / static_cast<float>(known) : 0.0f};
+  }
+  if (s.filter != kProjection && s.filter != kCosineGate) return {1.0f, lamb};
+  const double alpha = plan.seeding ? 0.0 : s.precise_alpha;
+  return blend_by_sums(s.filter == kProjection, reinterpret_cast<const double*>(row.sums), plan.factor, alpha, lamb,
+                       s.proj_eps);
 }
 
 __device__ int dtype_of(const DeviceRow& row, Array array) { return (row.dtypes >> (2 * array)) & 3; }
 
-__device__ float widen(uint16_t bits, int dtype) {
-  if (dtype == kBFloat16) return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  return __half2float(__ushort_as_half(bits));
+// Where the gradients of one step lie in the ring.
+__device__ int64_t slot_of(const DeviceRow& row, uint32_t filtered) {
+  const int64_t bytes = dtype_of(row, kGrokRing) == kFloat32 ? 4 : 2;
+  return row.grok_ring + filtered % static_cast<uint32_t>(row.window) * row.size * bytes;
+}
+
+__device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
+  const float step = *reinterpret_cast<const float*>(row.step) + 1;
+  const float lr = value(s.lr, s.at.lr), weight_decay = value(s.weight_decay, s.at.weight_decay);
+  const bool adaptive = s.rule == kAdamW || s.rule == kAdam || s.rule == kATan2;
+  const bool coupled = s.rule == kAdam || s.rule == kSgd, known = s.filter != kNone && row.grok_step != 0;
+  Plan plan{};
+  plan.step = static_cast<uint32_t>(step);
+  plan.filtered = known ? static_cast<uint32_t>(*reinterpret_cast<const float*>(row.grok_step)) : 0;
+  // The ring is filled from the first step on.
+  plan.filtering = known && (s.filter == kMa || plan.step > s.after_step);
+  plan.seeding = plan.filtering && plan.filtered == 0;
+  plan.factor = s.sign / value(1.0f, s.at.grad_scale) * value(1.0f, s.at.clip);
+  plan.alpha = s.alpha;
+  plan.fresh = s.fresh;
+  plan.l2 = coupled ? weight_decay : 0.0f;
+  plan.decay = coupled ? 1.0f : 1.0f - lr * weight_decay;
+  plan.pace = adaptive ? lr / -expm1f(step * s.log_beta1) : lr;
+  plan.debias = adaptive ? rsqrtf(-expm1f(step * s.log_beta2)) : 1.0f;
+  if (plan.filtering) {
+    const Blend mix = blend(row, s, plan);
+    plan.gain = mix.gain;
+    plan.pull = mix.pull;
+    if (s.filter == kMa) plan.slot = slot_of(row, plan.filtered);
+  }
+  return plan;
 }
 
 __device__ uint16_t narrow_bfloat16(float x, uint32_t added) {
@@ -100,25 +126,12 @@ __device__ uint16_t narrow(float x, int dtype) {
   return dtype == kBFloat16 ? narrow_bfloat16(x, half) : __half_as_ushort(__float2half_rn(x));
 }
 
-template <int kWidth, class Element>
-struct alignas(kWidth * sizeof(Element)) Pack {
-  Element at[kWidth];
-};
-
-// kWidth consecutive values of one array. kPlain promises float32, so that no branch stands between the loads.
+// kWidth consecutive values of one array, which is float32 if kPlain.
 template <int kWidth, bool kPlain>
 struct Values {
   float at[kWidth];
 
-  __device__ void load(int64_t address, int64_t i, int dtype) {
-    if (kPlain || dtype == kFloat32) {
-      const auto pack = reinterpret_cast<const Pack<kWidth, float>*>(address)[i / kWidth];
-      for (int k = 0; k < kWidth; ++k) at[k] = pack.at[k];
-    } else if constexpr (!kPlain) {
-      const auto pack = reinterpret_cast<const Pack<kWidth, uint16_t>*>(address)[i / kWidth];
-      for (int k = 0; k < kWidth; ++k) at[k] = widen(pack.at[k], dtype);
-    }
-  }
+  __device__ void load(int64_t address, int64_t i, int dtype) { load_values<kWidth, kPlain>(at, address, i, dtype); }
 
   // Stores a parameter, rounded to nearest, or, given random words, a state.
   __device__ void store(int64_t address, int64_t i, int dtype, const uint32_t* words, int shift) const {
@@ -142,53 +155,124 @@ __device__ void random_words(uint32_t (&words)[kWidth], uint32_t step, int64_t i
   for (int k = 0; k < kWidth; ++k) words[k] = mix(key ^ static_cast<uint32_t>(i + k));
 }
 
+// Returns the filtered gradient in place of the gradient, and moves the mean on.
 template <int kWidth, bool kPlain>
-__device__ void step_values(const DeviceRow& row, const Plan& plan, const DeviceSettings& s, int64_t i) {
-  Values<kWidth, kPlain> p, g, m, v, mu, e;
-  p.load(row.param, i, dtype_of(row, kParam));
-  g.load(row.grad, i, dtype_of(row, kGrad));
-  m.load(row.exp_avg, i, dtype_of(row, kExpAvg));
-  v.load(row.exp_avg_sq, i, dtype_of(row, kExpAvgSq));
-  if (plan.filtering) mu.load(row.grok_exp_avg, i, dtype_of(row, kGrokExpAvg));
-  if (row.weight_ema != 0) e.load(row.weight_ema, i, dtype_of(row, kWeightEma));
-
+__device__ void filter_by_mean(const DeviceRow& row, const Plan& plan, int64_t i, const uint32_t* words,
+                               Values<kWidth, kPlain>& g) {
+  Values<kWidth, kPlain> mu;
+  mu.load(row.grok_exp_avg, i, dtype_of(row, kGrokExpAvg));
   for (int k = 0; k < kWidth; ++k) {
-    float x = g.at[k] * plan.factor;
-    if (plan.filtering) {
-      mu.at[k] = plan.seeding ? x : plan.alpha * mu.at[k] + plan.fresh * x;
-      x += plan.lamb * (s.filter == kEma ? mu.at[k] : x - mu.at[k]);
-    }
-    x += plan.l2 * p.at[k];
-    m.at[k] += s.keep1 * (x - m.at[k]);
-    v.at[k] = s.beta2 * v.at[k] + s.keep2 * x * x;
-    const float vhat = sqrtf(v.at[k]) * plan.debias;
-    const float update =
-        s.rule == kATan2 ? plan.pace * atan2_right(m.at[k], vhat) : plan.pace * m.at[k] / (vhat + s.eps);
-    if (plan.step == 1) e.at[k] = p.at[k];  // used only where an average is kept
-    p.at[k] = plan.decay * p.at[k] - update;
-    if (row.weight_ema != 0) e.at[k] += s.ema_fresh * (p.at[k] - e.at[k]);
+    mu.at[k] = plan.seeding ? g.at[k] : plan.alpha * mu.at[k] + plan.fresh * g.at[k];
+    g.at[k] = plan.gain * g.at[k] + plan.pull * mu.at[k];
   }
+  mu.store(row.grok_exp_avg, i, dtype_of(row, kGrokExpAvg), words, 16);
+}
 
+// Likewise, and moves the ring and its sum on.
+template <int kWidth, bool kPlain>
+__device__ void filter_by_ring(const DeviceRow& row, const Plan& plan, int64_t i, const uint32_t* words,
+                               Values<kWidth, kPlain>& g) {
+  const int dtype = dtype_of(row, kGrokRing);
+  const uint32_t window = row.window, chunk = static_cast<uint32_t>(i / kRingChunk);
+  const bool due = (plan.filtered + 1 + chunk) % (2 * window) == 0;
+  Values<kWidth, kPlain> total{}, past{};
+  if (due || plan.seeding) {
+    for (uint32_t age = min(plan.filtered, window - 1); age > 0; --age) {
+      past.load(slot_of(row, plan.filtered - age), i, dtype);
+      for (int k = 0; k < kWidth; ++k) total.at[k] += past.at[k];
+      past = {};
+    }
+  } else {
+    total.load(row.grok_exp_avg, i, kFloat32);
+    if (plan.filtered >= window) past.load(plan.slot, i, dtype);
+  }
+  g.store(plan.slot, i, dtype, words, 16);
+  for (int k = 0; k < kWidth; ++k) {
+    const bool narrow = !kPlain && dtype == kBFloat16;
+    const float fresh = narrow ? widen(narrow_bfloat16(g.at[k], words[k] >> 16), kBFloat16) : g.at[k];
+    total.at[k] += fresh - past.at[k];
+    // A sum that is withheld may be infinite.
+    if (plan.pull != 0) g.at[k] += plan.pull * total.at[k];
+  }
+  total.store(row.grok_exp_avg, i, kFloat32, nullptr, 0);
+}
+
+// The first moment after this step, and what a descent follows.
+template <int kWidth, bool kPlain>
+__device__ void move_moment(const Plan& plan, const DeviceSettings& s, const Values<kWidth, kPlain>& g,
+                            Values<kWidth, kPlain>& m, Values<kWidth, kPlain>& along) {
+  for (int k = 0; k < kWidth; ++k) {
+    if (s.rule == kSgd) {
+      m.at[k] = plan.step == 1 ? g.at[k] : s.beta1 * m.at[k] + s.take1 * g.at[k];
+      along.at[k] = s.nesterov ? g.at[k] + s.beta1 * m.at[k] : m.at[k];
+    } else {
+      m.at[k] += s.take1 * (g.at[k] - m.at[k]);
+      along.at[k] = s.nesterov ? g.at[k] + s.beta1 * (m.at[k] - g.at[k]) : m.at[k];
+    }
+  }
+}
+
+// kAdaptive: "adamw", "adam" or "atan2".
+template <int kWidth, bool kPlain, bool kAdaptive>
+__device__ void step_values(const DeviceRow& row, const Plan& plan, const DeviceSettings& s, int64_t i) {
+  const bool moment = kAdaptive || row.exp_avg != 0, output = s.rule == kMomentum || s.rule == kFilter;
+  Values<kWidth, kPlain> p, g, m, v, e;
+  if (kAdaptive || !output) p.load(row.param, i, dtype_of(row, kParam));
+  g.load(row.grad, i, dtype_of(row, kGrad));
+  if (moment) m.load(row.exp_avg, i, dtype_of(row, kExpAvg));
+  if (kAdaptive) v.load(row.exp_avg_sq, i, dtype_of(row, kExpAvgSq));
+  if (row.weight_ema != 0) e.load(row.weight_ema, i, dtype_of(row, kWeightEma));
   uint32_t first[kWidth], second[kWidth];
   if constexpr (!kPlain) {
     random_words(first, plan.step, i, 0);
     random_words(second, plan.step, i, 1);
   }
+
+  // Rounded before it is used, so that the sum of a ring is that of its numbers.
+  for (int k = 0; k < kWidth; ++k) g.at[k] = __fmul_rn(g.at[k], plan.factor);
+  if (plan.filtering && s.filter == kMa) {
+    filter_by_ring(row, plan, i, first, g);
+  } else if (plan.filtering) {
+    filter_by_mean(row, plan, i, first, g);
+  }
+  if (row.weight_ema != 0 && plan.step == 1) e = p;
+  if constexpr (kAdaptive) {
+    for (int k = 0; k < kWidth; ++k) {
+      const float x = g.at[k] + plan.l2 * p.at[k];
+      m.at[k] += s.take1 * (x - m.at[k]);
+      v.at[k] = s.beta2 * v.at[k] + s.keep2 * x * x;
+      const float vhat = sqrtf(v.at[k]) * plan.debias;
+      const float update =
+          s.rule == kATan2 ? plan.pace * atan2_right(m.at[k], vhat) : plan.pace * m.at[k] / (vhat + s.eps);
+      p.at[k] = plan.decay * p.at[k] - update;
+    }
+  } else {
+    if (!output) {
+      for (int k = 0; k < kWidth; ++k) g.at[k] += plan.l2 * p.at[k];
+    }
+    Values<kWidth, kPlain> along = g;
+    if (moment) move_moment(plan, s, g, m, along);
+    for (int k = 0; k < kWidth; ++k) p.at[k] = output ? along.at[k] : p.at[k] - plan.pace * along.at[k];
+  }
+
   p.store(row.param, i, dtype_of(row, kParam), nullptr, 0);
-  m.store(row.exp_avg, i, dtype_of(row, kExpAvg), first, 0);
-  v.store(row.exp_avg_sq, i, dtype_of(row, kExpAvgSq), second, 0);
-  if (plan.filtering) mu.store(row.grok_exp_avg, i, dtype_of(row, kGrokExpAvg), first, 16);
-  if (row.weight_ema != 0) e.store(row.weight_ema, i, dtype_of(row, kWeightEma), second, 16);
+  if (moment) m.store(row.exp_avg, i, dtype_of(row, kExpAvg), first, 0);
+  if (kAdaptive) v.store(row.exp_avg_sq, i, dtype_of(row, kExpAvgSq), second, 0);
+  if (row.weight_ema == 0) return;
+  for (int k = 0; k < kWidth; ++k) e.at[k] += s.ema_fresh * (p.at[k] - e.at[k]);
+  e.store(row.weight_ema, i, dtype_of(row, kWeightEma), second, 16);
 }
 
-template <bool kPlain>
+template <bool kPlain, bool kAdaptive>
 __device__ void step_chunk(const DeviceRow& row, const Plan& plan, const DeviceSettings& s, int64_t begin,
                            int64_t end) {
   const int64_t wide_end = row.wide ? begin + (end - begin) / kVector * kVector : begin;
   for (int64_t i = begin + threadIdx.x * kVector; i < wide_end; i += kThreads * kVector) {
-    step_values<kVector, kPlain>(row, plan, s, i);
+    step_values<kVector, kPlain, kAdaptive>(row, plan, s, i);
   }
-  for (int64_t i = wide_end + threadIdx.x; i < end; i += kThreads) step_values<1, kPlain>(row, plan, s, i);
+  for (int64_t i = wide_end + threadIdx.x; i < end; i += kThreads) {
+    step_values<1, kPlain, kAdaptive>(row, plan, s, i);
+  }
 }
 
 // Every block has read its counters before the last one writes them.
@@ -205,45 +289,40 @@ __device__ void count_steps(const Launch<kRows>& launch) {
     float* step = reinterpret_cast<float*>(row.step);
     *step += 1;
     const bool filtered = launch.settings.filter != kNone && row.grok_step != 0;
-    if (filtered && *step > static_cast<float>(launch.settings.after_step)) {
+    const bool due = launch.settings.filter == kMa || *step > static_cast<float>(launch.settings.after_step);
+    if (filtered && due) {
       *reinterpret_cast<float*>(row.grok_step) += 1;
     }
   }
   if (threadIdx.x == 0) *launch.ticket = 0;
 }
 
-template <int kRows, bool kPlain>
+template <int kRows, bool kPlain, bool kAdaptive>
 __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<kRows> launch) {
   const DeviceSettings& s = launch.settings;
   if (s.at.found_inf != nullptr && *s.at.found_inf != 0) return;
   __shared__ Plan plan;
-  int low = 0, high = launch.count;  // the row whose blocks hold this one
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (static_cast<int>(blockIdx.x) >= launch.first[middle] ? low : high) = middle;
-  }
-  const DeviceRow& row = launch.rows[low];
+  const int r = row_of_block(launch.first, launch.count);
+  const DeviceRow& row = launch.rows[r];
   if (threadIdx.x == 0) plan = make_plan(row, s);
   __syncthreads();
-  const int64_t begin = (static_cast<int64_t>(blockIdx.x) - launch.first[low]) * launch.chunk;
-  step_chunk<kPlain>(row, plan, s, begin, min(begin + launch.chunk, row.size));
+  const int64_t begin = (static_cast<int64_t>(blockIdx.x) - launch.first[r]) * launch.chunk;
+  step_chunk<kPlain, kAdaptive>(row, plan, s, begin, min(begin + launch.chunk, row.size));
   count_steps(launch);
 }
 
 DeviceRow device_row(const Row& row) {
-  const int64_t dtypes[] = {row.param_dtype,      row.grad_dtype,         row.exp_avg_dtype,
-                            row.exp_avg_sq_dtype, row.grok_exp_avg_dtype, row.weight_ema_dtype};
-  uint32_t packed = 0;
-  for (int array = 0; array < 6; ++array) packed |= static_cast<uint32_t>(dtypes[array]) << (2 * array);
-  const int64_t addresses = row.param | row.grad | row.exp_avg | row.exp_avg_sq | row.grok_exp_avg | row.weight_ema;
-  return {row.param, row.grad,      row.exp_avg, row.exp_avg_sq, row.grok_exp_avg,   row.weight_ema,
-          row.step,  row.grok_step, row.size,    packed,         addresses % 16 == 0};
-}
-
-int64_t chunk_size(int64_t elements, int processors) {
-  int64_t chunk = kSmallestChunk;
-  while (chunk < kLargestChunk && chunk * kChunksPerProcessor * processors < elements) chunk *= 2;
-  return chunk;
+  const int64_t dtypes[kArrays] = {row.param_dtype,      row.grad_dtype,         row.exp_avg_dtype,
+                                   row.exp_avg_sq_dtype, row.grok_exp_avg_dtype, row.weight_ema_dtype,
+                                   row.grok_ring_dtype};
+  uint16_t packed = 0;
+  for (int array = 0; array < kArrays; ++array) packed |= dtypes[array] << (2 * array);
+  const int64_t addresses =
+      row.param | row.grad | row.exp_avg | row.exp_avg_sq | row.grok_exp_avg | row.weight_ema | row.grok_ring;
+  const bool wide = addresses % 16 == 0 && (row.window == 0 || row.size % kVector == 0);
+  return {row.param,     row.grad, row.exp_avg, row.exp_avg_sq, row.grok_exp_avg, row.weight_ema,
+          row.grok_ring, row.sums, row.step,    row.grok_step,  row.size,         static_cast<int32_t>(row.window),
+          packed,        wide};
 }
 
 template <int kRows>
@@ -259,32 +338,26 @@ void launch_rows(const Row* rows, int64_t count, int64_t chunk, const DeviceSett
   for (int64_t r = 0; r < count; ++r) {
     launch.rows[r] = device_row(rows[r]);
     plain = plain && launch.rows[r].dtypes == 0;
-    // An empty tensor gets a block too, because its step counts.
-    launch.first[r + 1] = launch.first[r] + static_cast<int>(std::max<int64_t>(1, (rows[r].size + chunk - 1) / chunk));
+    launch.first[r + 1] = launch.first[r] + blocks_of(rows[r].size, chunk);  // an empty tensor takes steps too
   }
-  const int blocks = launch.first[count];
-  if (plain) {
-    step_kernel<kRows, true><<<blocks, kThreads, 0, stream>>>(launch);
-  } else {
-    step_kernel<kRows, false><<<blocks, kThreads, 0, stream>>>(launch);
-  }
+  const bool adaptive = settings.rule == kAdamW || settings.rule == kAdam || settings.rule == kATan2;
+  const auto kernel = plain ? (adaptive ? step_kernel<kRows, true, true> : step_kernel<kRows, true, false>)
+                            : (adaptive ? step_kernel<kRows, false, true> : step_kernel<kRows, false, false>);
+  kernel<<<launch.first[count], kThreads, 0, stream>>>(launch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter, double lr,
                         double beta1, double beta2, double eps, double weight_decay, double alpha, double lamb,
-                        int64_t after_step, bool maximize, double weight_ema, std::optional<Tensor> lr_at,
+                        int64_t after_step, bool maximize, double weight_ema, double dampening, bool nesterov,
+                        bool warmup, double proj_eps, std::optional<Tensor> lr_at,
                         std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
                         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
   const int64_t tensors = table.size(0);
   if (tensors == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(ticket->get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(ticket->get_device_index(), &stream));
-  int processors = 1;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ticket->get_device_index()));
-
+  const int32_t device = ticket->get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   DeviceSettings s;
   s.at = {address(lr_at),      address(weight_decay_at), address(lamb_at),
           address(grad_scale), address(found_inf),       address(clip)};
@@ -292,7 +365,8 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
   s.filter = static_cast<int>(filter);
   s.lr = static_cast<float>(lr);
   s.log_beta1 = static_cast<float>(std::log(beta1));
-  s.keep1 = static_cast<float>(1.0 - beta1);
+  s.beta1 = static_cast<float>(beta1);
+  s.take1 = static_cast<float>(1.0 - (rule == kSgd ? dampening : beta1));
   s.beta2 = static_cast<float>(beta2);
   s.log_beta2 = static_cast<float>(std::log(beta2));
   s.keep2 = static_cast<float>(1.0 - beta2);
@@ -300,6 +374,10 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
   s.weight_decay = static_cast<float>(weight_decay);
   s.alpha = static_cast<float>(alpha);
   s.fresh = static_cast<float>(1.0 - alpha);
+  s.precise_alpha = alpha;
+  s.proj_eps = proj_eps;
+  s.nesterov = nesterov;
+  s.warmup = warmup;
   s.lamb = static_cast<float>(lamb);
   s.sign = maximize ? -1.0f : 1.0f;
   s.ema_fresh = static_cast<float>(1.0 - weight_ema);
@@ -308,12 +386,12 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
   const Row* rows = static_cast<const Row*>(table.data_ptr());
   int64_t elements = 0;
   for (int64_t r = 0; r < tensors; ++r) elements += rows[r].size;
-  const int64_t chunk = chunk_size(elements, processors);
+  const int64_t chunk = chunk_size(elements, device);
   int* counter = ticket->mutable_data_ptr<int>();
   for (int64_t r = 0; r < tensors; r += kManyRows) {
     const int64_t count = std::min<int64_t>(kManyRows, tensors - r);
     const auto launch = count <= kFewRows ? launch_rows<kFewRows> : launch_rows<kManyRows>;
-    launch(rows + r, count, chunk, s, counter, static_cast<cudaStream_t>(stream));
+    launch(rows + r, count, chunk, s, counter, current_stream(device));
   }
 }
 

@@ -44,4 +44,20 @@ HOST_DEVICE float atan2_right(float y, float x) {
   return y < 0 ? -angle : angle;
 }
 
+// What a filter multiplies the gradient and its mean by.
+struct Blend {
+  float gain, pull;
+};
+
+// From sums over the gradient as it is and the mean before this step: g.mu, ||g||^2, ||mu||^2. `factor` is about to be
+// applied to the gradient, and the mean is about to move by alpha.
+HOST_DEVICE Blend blend_by_sums(bool projects, const double* sums, double factor, double alpha, double lamb,
+                                double proj_eps) {
+  const double fresh = 1.0 - alpha, dot = sums[0] * factor, square = sums[1] * factor * factor;
+  const double mean_square = alpha * alpha * sums[2] + 2.0 * alpha * fresh * dot + fresh * fresh * square;
+  const double new_dot = alpha * dot + fresh * square;
+  if (projects) return {1.0f, static_cast<float>(mean_square > proj_eps ? lamb * new_dot / mean_square : 0.0)};
+  return {static_cast<float>(new_dot > 0.5 * std::sqrt(square * mean_square) ? lamb : 1.0 / lamb), 0.0f};
+}
+
 }  // namespace adaptive_step

@@ -10,15 +10,15 @@
 
 namespace adaptive_step {
 
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum Rule : int64_t { kAdamW = 0, kAdam = 1, kATan2 = 2 };
-enum Filter : int64_t { kNone = 0, kEma = 1, kHighpass = 2 };
+enum Rule : int64_t { kAdamW = 0, kAdam = 1, kATan2 = 2, kSgd = 3, kMomentum = 4, kFilter = 5 };
+enum Filter : int64_t { kNone = 0, kEma = 1, kHighpass = 2, kProjection = 3, kCosineGate = 4, kMa = 5 };
 
 // Addresses are 0 where the call has no such state; so is that of an empty tensor, so ask the counters.
 struct Row {
-  int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, step, grok_step;
-  int64_t size;
-  int64_t param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, grok_exp_avg_dtype, weight_ema_dtype;
+  int64_t param, grad, exp_avg, exp_avg_sq, grok_exp_avg, weight_ema, grok_ring, sums, step, grok_step;
+  int64_t size, window;
+  int64_t param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype, grok_exp_avg_dtype, weight_ema_dtype,
+      grok_ring_dtype;
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
 

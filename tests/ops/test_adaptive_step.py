@@ -9,7 +9,6 @@ from trm_fast._dispatch import OPS
 from trm_fast.ops import Settings
 
 from .adaptive_checks import (
-    Item,
     assert_right,
     assert_same_bits,
     assert_step,
@@ -17,9 +16,9 @@ from .adaptive_checks import (
     copies,
     make,
     run,
-    truth,
     without,
 )
+from .adaptive_truth import Item, truth
 
 RULES = ("adamw", "adam", "atan2")
 FILTERS = ("ema", "highpass", "none")
@@ -40,7 +39,7 @@ def new_grad(item: Item, seed: int) -> None:
 
 # Each step starts from what the backend made of the last one, so its error does not add up. In the
 # interpreter a step takes 20 ms, hence fewer of them for the 16-bit parameters.
-@pytest.mark.parametrize(("dtype", "steps"), zip(STORAGE, (50, 8, 8), strict=True))
+@pytest.mark.parametrize(("dtype", "steps"), list(zip(STORAGE, (50, 8, 8), strict=True)))
 @pytest.mark.parametrize("filter_", FILTERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_each_step_is_the_formula(backend, device, rule, filter_, dtype, steps):

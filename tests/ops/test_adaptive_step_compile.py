@@ -6,7 +6,8 @@ from torch._subclasses import FakeTensorMode
 
 from trm_fast.ops import Settings, adaptive_step_
 
-from .adaptive_checks import LISTS, Item, assert_same_bits, copies, make, run, without
+from .adaptive_checks import assert_same_bits, copies, fitted, lists_of, make, run, without
+from .adaptive_truth import Item
 
 OP = torch.ops.trm_fast.adaptive_step_.default
 COMPILERS = ("eager", "aot_eager")
@@ -16,6 +17,9 @@ FLAGS = {
     "tensors": {"lr": torch.tensor(1e-2), "filter": "ema", "lamb": torch.tensor(2.0),
                 "found_inf": torch.zeros(()), "grad_scale": torch.tensor(4.0)},
     "average": {"weight_ema": 0.9, "maximize": True, "after_step": 2, "rule": "atan2"},
+    "sums": {"filter": "projection", "lamb": 2.0, "rule": "sgd", "dampening": 0.5},
+    "ring": {"filter": "ma", "lamb": 2.0, "rule": "momentum", "nesterov": True, "warmup": False},
+    "output": {"filter": "cosine_gate", "lamb": torch.tensor(2.0), "rule": "filter"},
 }  # fmt: skip
 
 
@@ -30,18 +34,26 @@ def settings_with(**changes) -> Settings:
     return Settings(**({"lr": 1e-2} | changes))
 
 
+def make_for(settings: Settings, *arguments, **options) -> Item:
+    """What the rule and the filter of the settings know."""
+    return fitted(
+        make(*arguments, window=3 if settings.filter == "ma" else None, **options), settings
+    )
+
+
 def arguments(items: list[Item], settings: Settings, backend: str | None = None) -> tuple:
-    lists = [[item[name] for item in items if name in item] for name in LISTS]
+    lists = lists_of(items)
     return (*lists, *settings.arguments(items[0]["param"].device), backend)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_opcheck_passes(needs_grad, flags):
-    items = [make((3, 5)), make((4,), torch.bfloat16, seed=1)]
+    settings = settings_with(**FLAGS[flags])
+    items = [make_for(settings, (3, 5)), make_for(settings, (4,), torch.bfloat16, seed=1)]
     for item in items:
         item["param"].requires_grad_(needs_grad)
-    torch.library.opcheck(OP, arguments(items, settings_with(**FLAGS[flags])))
+    torch.library.opcheck(OP, arguments(items, settings))
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (1025,)])
@@ -57,7 +69,7 @@ def test_opcheck_passes_without_optional_states():
 @pytest.mark.parametrize("flags", FLAGS)
 def test_the_op_of_the_dispatcher_equals_the_function(backend, device, flags):
     settings = settings_with(**FLAGS[flags])
-    one, other = make(device=device), make(device=device)
+    one, other = (make_for(settings, device=device) for _ in range(2))
     OP(*arguments([one], settings, backend))
     run([other], settings, backend)
     assert_same_bits(one, other)
@@ -66,7 +78,8 @@ def test_the_op_of_the_dispatcher_equals_the_function(backend, device, flags):
 def test_settings_survive_the_way_through_the_schema():
     settings = settings_with(rule="atan2", filter="highpass", alpha=0.5, lamb=0.25, after_step=3,
                              maximize=True, weight_ema=0.125, beta1=0.75, beta2=0.5, eps=0.0625,
-                             weight_decay=0.375)  # fmt: skip
+                             weight_decay=0.375, dampening=0.625, nesterov=True, warmup=False,
+                             proj_eps=0.03125)  # fmt: skip
     assert Settings.from_arguments(*settings.arguments(torch.device("cpu"))) == settings
 
 
@@ -79,14 +92,16 @@ def test_fake_tensors_are_accepted():
 @pytest.mark.parametrize("flags", FLAGS)
 def test_compiled_equals_eager(backend, device, compiler, flags):
     settings = settings_with(**FLAGS[flags])
-    compiled, eager = ([make((n,), seed=n, device=device) for n in (5, 9)] for _ in range(2))
+    compiled, eager = (
+        [make_for(settings, (n,), seed=n, device=device) for n in (5, 9)] for _ in range(2)
+    )
 
     @torch.compile(fullgraph=True, backend=compiler)
     def step(*lists):
         adaptive_step_(*lists, settings=settings, backend=backend)
 
     for _ in range(2):
-        step(*([item[name] for item in compiled] for name in LISTS))
+        step(*lists_of(compiled))
         run(eager, settings, backend)
     for one, other in zip(compiled, eager, strict=True):
         assert_same_bits(one, other)
@@ -101,7 +116,7 @@ def test_settings_may_be_made_inside_compiled_code(compiler):
         settings = Settings(lr, weight_decay=0.1, filter="ema", lamb=2.0, weight_ema=0.9)
         adaptive_step_(*lists, settings=settings)
 
-    step([[item[name]] for name in LISTS], 1e-2)
+    step(lists_of([item]), 1e-2)
     run([eager], Settings(1e-2, weight_decay=0.1, filter="ema", lamb=2.0, weight_ema=0.9))
     assert_same_bits(item, eager)
 
@@ -112,7 +127,7 @@ def test_compiled_code_may_step_parameters_that_require_grad(compiler):
     item["param"].requires_grad_()
     step = torch.compile(lambda lists: adaptive_step_(*lists, settings=settings_with()),
                          fullgraph=True, backend=compiler)  # fmt: skip
-    step([[item[name]] for name in LISTS])
+    step(lists_of([item]))
     run([eager], settings_with())
     assert_same_bits({k: v.detach() for k, v in item.items()}, eager)
 
@@ -129,8 +144,8 @@ def test_the_step_keeps_its_place_between_its_neighbours(compiler):
     item, eager = make(), make()
     settings = settings_with()
     compiled = torch.compile(neighbours, fullgraph=True, backend=compiler)
-    found = compiled([[item[name]] for name in LISTS], settings)
-    expected = neighbours([[eager[name]] for name in LISTS], settings)
+    found = compiled(lists_of([item]), settings)
+    expected = neighbours(lists_of([eager]), settings)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(*found)
 
@@ -140,7 +155,7 @@ def test_compiled_code_refuses_the_same_input_in_the_same_words():
     step = torch.compile(lambda lists: adaptive_step_(*lists, settings=settings_with()),
                          fullgraph=True, backend="eager")  # fmt: skip
     with pytest.raises(ValueError, match=r"grads\[0\] must be \(37,\)"):
-        step([[item[name]] for name in LISTS])
+        step(lists_of([item]))
 
 
 def test_a_third_shape_compiles_nothing_new():
@@ -151,7 +166,7 @@ def test_a_third_shape_compiles_nothing_new():
                          fullgraph=True, backend=counter)  # fmt: skip
     for size, expected in ((5, 1), (7, 2), (9, 2), (1025, 2)):
         item, eager = make((size,)), make((size,))
-        step([[item[name]] for name in LISTS])
+        step(lists_of([item]))
         run([eager], settings)
         assert_same_bits(item, eager)
         assert counter.frame_count == expected
@@ -163,7 +178,7 @@ def test_a_learning_rate_in_a_tensor_compiles_once():
                          fullgraph=True, backend=counter)  # fmt: skip
     for lr in (1e-2, 1e-3, 0.0):
         item, eager = make(), make()
-        step([[item[name]] for name in LISTS], torch.tensor(lr))
+        step(lists_of([item]), torch.tensor(lr))
         run([eager], Settings(torch.tensor(lr)))
         assert_same_bits(item, eager)
     assert counter.frame_count == 1
@@ -175,6 +190,6 @@ def test_compiled_steps_repeat():
     step = torch.compile(lambda lists: adaptive_step_(*lists, settings=settings),
                          fullgraph=True, backend="aot_eager")  # fmt: skip
     for _ in range(3):
-        step([[item[name]] for name in LISTS])
+        step(lists_of([item]))
         run([eager], settings)
     assert_same_bits(item, copies(eager))

@@ -8,17 +8,27 @@ import torch
 from torch import Tensor
 
 from trm_fast import BackendError
-from trm_fast.ops import Settings, adaptive_step_
+from trm_fast.ops import AdaptiveStep, Settings, adaptive_step_
 
-from .adaptive_checks import LISTS, assert_step, bits, make
+from .adaptive_checks import (
+    LISTS,
+    assert_same_bits,
+    assert_step,
+    bits,
+    copies,
+    lists_of,
+    make,
+    run,
+    without,
+)
 
 SETTINGS = Settings(1e-2, weight_decay=0.1, filter="ema", lamb=2.0, weight_ema=0.9)
 Lists = dict[str, list[Tensor]]
 
 
-def lists_of(device: torch.device) -> Lists:
+def named_lists(device: torch.device) -> Lists:
     items = [make((4, 6), seed=seed, device=device) for seed in range(2)]
-    return {name: [item[name] for item in items] for name in LISTS}
+    return dict(zip(LISTS, lists_of(items), strict=True))
 
 
 def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Lists], None]:
@@ -53,6 +63,10 @@ def share(name: str, other: str, view: Callable[[Tensor], Tensor] = lambda t: t)
 
 def turned(tensor: Tensor) -> Tensor:
     return tensor.t().contiguous().t()
+
+
+def turned3(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def float64_param(lists: Lists) -> None:
@@ -167,20 +181,139 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_tensors_are_refused_by_name_with_nothing_changed(backend, device, case):
-    change, error, *words = REFUSED[case]
-    lists = lists_of(device)
+def ring_lists(device: torch.device) -> Lists:
+    items = [make((4, 6), seed=seed, window=3, device=device) for seed in range(2)]
+    return dict(zip(LISTS, lists_of(items), strict=True))
+
+
+def gaps(ring: Tensor) -> Tensor:
+    return torch.zeros(3, 30)[:, :24].view(3, 4, 6)
+
+
+REFUSED_RINGS = {
+    "fewer rings": (drop("grok_ring"), ValueError, "grok_ring", "2 tensors", "1"),
+    "a ring without its sum": (
+        lambda lists: (empty("grok_exp_avg")(lists), empty("grok_step")(lists)), ValueError,
+        "grok_exp_avg", "together with grok_ring", "0",
+    ),
+    "a ring of another shape": (
+        replace("grok_ring", lambda t: t[:, :3].contiguous()), ValueError, r"grok_ring\[1\]",
+        r"\(4, 6\)", r"\(3, 6\)",
+    ),
+    "a ring without a window": (
+        replace("grok_ring", lambda t: t[0]), ValueError, r"grok_ring\[1\]", r"\[w, \*\(4, 6\)\]",
+        r"\(4, 6\)",
+    ),
+    "a window of 0": (
+        replace("grok_ring", lambda t: t[:0]), ValueError, r"grok_ring\[1\]", "w > 0",
+        r"\(0, 4, 6\)",
+    ),
+    "a ring in another order": (
+        replace("grok_ring", turned3), ValueError, r"grok_ring\[1\]\[0\]", r"\(6, 1\)",
+        r"\(1, 4\)",
+    ),
+    "a ring with gaps": (
+        replace("grok_ring", gaps), ValueError, r"grok_ring\[1\]", "without gaps", "30",
+    ),
+    "a ring in float16": (
+        replace("grok_ring", Tensor.half), TypeError, r"grok_ring\[1\]", "torch.bfloat16",
+        "torch.float16",
+    ),
+    "a ring elsewhere": (
+        replace("grok_ring", lambda t: t.to("meta")), ValueError, r"grok_ring\[1\]", "cpu|cuda",
+        "meta",
+    ),
+    "a sum in bfloat16": (
+        replace("grok_exp_avg", Tensor.bfloat16), ValueError, r"grok_exp_avg\[1\]", "float32",
+        "torch.bfloat16",
+    ),
+    "a gradient that lies in a ring": (
+        share("grad", "grok_ring", lambda t: t[1]), ValueError, "written tensors", "disjoint",
+        "overlap",
+    ),
+}  # fmt: skip
+
+
+def assert_refused(case: tuple, lists: Lists, settings: Settings, backend: str) -> None:
+    change, error, *words = case
     change(lists)
     watched = [
         t for ts in lists.values() for t in ts if not t.is_meta and t.layout == torch.strided
     ]
     before = [bits(t) for t in watched]
     with pytest.raises(error) as caught:
-        adaptive_step_(*lists.values(), settings=SETTINGS, backend=backend)
+        adaptive_step_(*lists.values(), settings=settings, backend=backend)
     assert [bits(t) for t in watched] == before
     for word in ("adaptive_step_", *words):
         caught.match(word)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_tensors_are_refused_by_name_with_nothing_changed(backend, device, case):
+    assert_refused(REFUSED[case], named_lists(device), SETTINGS, backend)
+
+
+@pytest.mark.parametrize("case", REFUSED_RINGS)
+def test_bad_rings_are_refused_by_name_with_nothing_changed(backend, device, case):
+    settings = Settings(1e-2, filter="ma", lamb=2.0, weight_ema=0.9)
+    assert_refused(REFUSED_RINGS[case], ring_lists(device), settings, backend)
+
+
+# What is kept or left out; then the settings, the argument, what is required of it, what came.
+UNSUITED = {
+    "adamw without a first moment": (("exp_avg",), {}, "exp_avg", "given for rule 'adamw'", "none"),
+    "adam without a second moment": (
+        ("exp_avg_sq",), {"rule": "adam"}, "exp_avg_sq", "given for rule 'adam'", "none",
+    ),
+    "momentum without a first moment": (
+        ("exp_avg", "exp_avg_sq", "weight_ema"), {"rule": "momentum"}, "exp_avg",
+        "given for rule 'momentum'", "none",
+    ),
+    "sgd with a second moment": (
+        (), {"rule": "sgd"}, "exp_avg_sq", "empty for rule 'sgd'", "tensors",
+    ),
+    "momentum with an average": (
+        ("exp_avg_sq",), {"rule": "momentum"}, "weight_ema", "empty for rule 'momentum'", "tensors",
+    ),
+    "filter with a first moment": (
+        ("exp_avg_sq", "weight_ema"), {"rule": "filter"}, "exp_avg", "empty for rule 'filter'",
+        "tensors",
+    ),
+    "ma without a ring": ((), {"filter": "ma"}, "grok_ring", "given for filter 'ma'", "'ma'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSUITED)
+def test_states_that_do_not_suit_the_rule_are_refused(backend, device, case):
+    absent, changes, *words = UNSUITED[case]
+    item = without(make((4, 6), device=device), *absent)
+    before = copies(item)
+    settings = Settings(**({"lr": 1e-2, "filter": "ema", "lamb": 2.0} | changes))
+    with pytest.raises(ValueError) as caught:
+        run([item], settings, backend)
+    assert_same_bits(item, before)
+    for word in ("adaptive_step_", *words):
+        caught.match(word)
+
+
+@pytest.mark.parametrize("filter_", ["ema", "highpass", "projection", "cosine_gate"])
+def test_a_ring_is_refused_for_another_filter(backend, device, filter_):
+    item = make((4, 6), window=3, device=device)
+    with pytest.raises(ValueError, match=f"grok_ring must be given for filter 'ma'.*'{filter_}'"):
+        run([item], Settings(1e-2, filter=filter_, lamb=2.0), backend)
+
+
+@pytest.mark.parametrize("filter_", ["projection", "cosine_gate"])
+def test_a_kept_step_wants_its_sums_first(backend, device, filter_):
+    item = make((4, 6), device=device)
+    step = AdaptiveStep(*lists_of([item]), backend=backend)
+    with pytest.raises(ValueError, match="adaptive_step_: sums must be measured before the step"):
+        step([item["grad"]], Settings(1e-2, filter=filter_, lamb=2.0))
+
+
+def test_the_gate_does_not_divide_by_lamb_0():
+    with pytest.raises(ValueError, match=r"lamb must be > 0 for filter 'cosine_gate'.*got 0"):
+        Settings(1e-3, filter="cosine_gate", lamb=0.0)
 
 
 NOT_FINITE = [math.nan, math.inf, -math.inf]
@@ -193,9 +326,11 @@ OUT_OF_RANGE = {
     "beta2": [-0.1, 1.0, *NOT_FINITE],
     "alpha": [-0.1, 1.1, *NOT_FINITE],
     "weight_ema": [-0.1, 1.1, *NOT_FINITE],
+    "dampening": [-0.1, 1.1, *NOT_FINITE],
+    "proj_eps": [-1e-10, *NOT_FINITE],
     "after_step": [-1],
-    "rule": ["sgd", "AdamW", ""],
-    "filter": ["ma", "EMA", None],
+    "rule": ["SGD", "AdamW", ""],
+    "filter": ["mean", "EMA", None],
     "grad_scale": [torch.ones(2), torch.ones(0)],
     "found_inf": [torch.ones(2), torch.ones(0)],
     "clip": [torch.ones(2), torch.ones(0)],
@@ -225,7 +360,7 @@ def test_bad_settings_speak_for_their_owner():
 def test_a_named_native_backend_refuses_float64_with_the_reason(name):
     item = make(param=torch.float64, states=torch.float64)
     with pytest.raises(BackendError, match=f"named backend '{name}' cannot run: "):
-        adaptive_step_(*([item[n]] for n in LISTS), settings=SETTINGS, backend=name)
+        adaptive_step_(*lists_of([item]), settings=SETTINGS, backend=name)
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name():
@@ -233,7 +368,7 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name():
     with pytest.raises(
         BackendError, match=r"backend must be one of .*; got 'cp'; did you mean 'cpp'\?"
     ):
-        adaptive_step_(*([item[n]] for n in LISTS), settings=SETTINGS, backend="cp")
+        adaptive_step_(*lists_of([item]), settings=SETTINGS, backend="cp")
 
 
 def test_a_gradient_may_serve_two_parameters(backend, device):

@@ -6,20 +6,18 @@ import torch
 from trm_fast.ops import AdaptiveStep, Settings
 
 from .adaptive_checks import (
-    LISTS,
-    STATES,
-    WRITTEN,
     Arena,
-    Item,
     assert_same_bits,
     assert_step,
     bits,
     copies,
+    lists_of,
     make,
     run,
     strides_of,
     without,
 )
+from .adaptive_truth import STATES, Item
 
 SHAPE = (3, 4, 5, 2)
 # Name to the order of the dimensions, slowest first, and the gap between neighbours.
@@ -113,7 +111,7 @@ def test_gradients_and_scalars_are_only_read(backend, device, layout, dtype):
     assert (bits(item["grad"]), {k: bits(v) for k, v in scalars.items()}) == before
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", ["param", *STATES, "step", "grok_step"])
 @pytest.mark.parametrize("layout", ["contiguous", "gaps"])
 def test_the_version_of_each_written_tensor_rises(backend, device, layout, name):
     item = placed(make(SHAPE, device=device), Arena(), layout)
@@ -197,7 +195,7 @@ def test_steps_repeat_bit_for_bit(backend, device):
 
 
 def kept_step(item: Item, backend: str) -> AdaptiveStep:
-    return AdaptiveStep(*([item[name]] for name in LISTS), backend=backend)
+    return AdaptiveStep(*lists_of([item]), backend=backend)
 
 
 def test_a_kept_step_takes_the_gradients_of_each_call(backend, device):

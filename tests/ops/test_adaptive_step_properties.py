@@ -5,8 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trm_fast.ops import Settings
+from trm_fast.ops._adaptive_settings import FILTERS, RULES
 
-from .adaptive_checks import STATES, Arena, Item, assert_step, make, strides_of
+from .adaptive_checks import Arena, assert_step, fitted, make, strides_of
+from .adaptive_truth import STATES, Item
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = st.one_of(
@@ -34,19 +36,28 @@ def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 @st.composite
-def items(draw: st.DrawFn) -> tuple[Item, Arena]:
+def items(draw: st.DrawFn, s: Settings) -> tuple[Item, Arena]:
     shape, arena = draw(SHAPES), Arena()
     states = {name: draw(st.sampled_from(STORAGE[:2])) for name in STATES}
     steps = {k: float(draw(st.sampled_from([0, 1, 2, 50, 10_000]))) for k in ("step", "grok_step")}
     kinds = draw(st.sampled_from(STORAGE)), draw(st.sampled_from(STORAGE))
-    item = make(shape, *kinds, states, seed=draw(st.integers(0, 99)), **steps)
+    window = draw(st.sampled_from([1, 2, 5])) if s.filter == "ma" else None
+    ring = draw(st.sampled_from(STORAGE[:2]))
+    item = make(
+        shape, *kinds, states, seed=draw(st.integers(0, 99)), window=window, ring=ring, **steps
+    )
+    item = fitted(item, s)
     item["grad"] *= draw(st.sampled_from([0.0, 1e-4, 1.0, 100.0]))
     strides, start = draw(layouts(shape))
     dense = strides if is_dense(shape, strides) else strides_of(shape, range(len(shape)))
     item["param"] = arena.place(item["param"], strides, start)
     item["grad"] = arena.place(item["grad"], *draw(layouts(shape)))
     for name in STATES:
-        item[name] = arena.place(item[name], dense, draw(st.integers(0, 9)))
+        if name in item:
+            item[name] = arena.place(item[name], dense, draw(st.integers(0, 9)))
+    if window:
+        strides = (item["param"].numel(), *dense)
+        item["grok_ring"] = arena.place(item["grok_ring"], strides, draw(st.integers(0, 9)))
     return item, arena
 
 
@@ -57,10 +68,12 @@ def settings(draw: st.DrawFn) -> Settings:
         "eps": [1e-8, 1e-3], "weight_decay": [0.0, 0.1, 1.0], "alpha": [0.0, 0.8, 0.98, 1.0],
         "lamb": [0.0, 0.1, 2.0, 5.0], "after_step": [0, 2, 60],
         "weight_ema": [0.0, 0.5, 0.999, 1.0],
-        "rule": ["adamw", "adam", "atan2"], "filter": ["none", "ema", "highpass"],
-        "maximize": [False, True],
+        "rule": RULES, "filter": FILTERS, "maximize": [False, True],
+        "dampening": [0.0, 0.5, 1.0], "nesterov": [False, True], "warmup": [False, True],
     }  # fmt: skip
     drawn = {name: draw(st.sampled_from(values)) for name, values in numbers.items()}
+    if drawn["filter"] == "cosine_gate":
+        drawn["lamb"] = max(drawn["lamb"], 0.1)
     for name in ("lr", "weight_decay", "lamb"):
         if draw(st.booleans()):
             drawn[name] = torch.tensor(drawn[name])
@@ -70,8 +83,11 @@ def settings(draw: st.DrawFn) -> Settings:
     return Settings(**drawn)
 
 
-@given(st.lists(items(), min_size=1, max_size=3), settings())
-def test_any_mix_is_right_and_leaves_its_neighbours(backend, device, drawn, settings):
+@given(
+    settings().flatmap(lambda s: st.tuples(st.lists(items(s), min_size=1, max_size=3), st.just(s)))
+)
+def test_any_mix_is_right_and_leaves_its_neighbours(backend, device, case):
+    drawn, settings = case
     placed = [({k: v.to(device) for k, v in item.items()}, arena) for item, arena in drawn]
     if device.type != "cpu":
         placed = [(item, Arena()) for item, _ in placed]

@@ -8,7 +8,8 @@ import torch
 
 from trm_fast.ops import Settings
 
-from .adaptive_checks import STATES, Item, assert_same_bits, bits, copies, make, run, without
+from .adaptive_checks import assert_same_bits, bits, copies, make, run, without
+from .adaptive_truth import STATES, Item
 
 # With these, m = g, v = fl(g * g), mu = g and e = param exactly, before they are rounded.
 EXACT = {"lr": 0.0, "beta1": 0.0, "beta2": 0.0, "filter": "ema", "lamb": 0.0, "weight_ema": 0.0}
@@ -55,6 +56,17 @@ def test_the_bits_are_those_of_the_page(backend, device, name, step):
     expected = rounded(before_rounding(item)[name], step, name)
     run([item], Settings(**EXACT), backend)
     assert halves(item[name]) == expected
+
+
+@pytest.mark.parametrize("step", [0.0, 8.0])
+def test_the_bits_of_a_ring_are_those_of_the_page(backend, device, step):
+    item = exact_item(2500, step, device)
+    item["grok_exp_avg"] = item["grok_exp_avg"].float()
+    item["grok_ring"] = torch.full((3, 2500), math.nan, dtype=torch.bfloat16, device=device)
+    expected = rounded(before_rounding(item)["grok_exp_avg"], step, "grok_exp_avg")
+    run([item], Settings(**EXACT | {"filter": "ma"}), backend)
+    assert halves(item["grok_ring"][0]) == expected
+    assert torch.equal(item["grok_exp_avg"], item["grok_ring"][0].float())
 
 
 def test_the_bits_follow_the_place_in_memory(backend, device):

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from trm_fast._dispatch import OPS
 from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
+from trm_fast.ops.filter_sums import FilterSums
 
 if TYPE_CHECKING:
-    from trm_fast.ops.adaptive_step import Settings
+    from trm_fast.ops._adaptive_settings import Settings
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 STATE_STORAGE = (torch.float32, torch.bfloat16)
@@ -24,9 +25,10 @@ STATE_STORAGE = (torch.float32, torch.bfloat16)
 # One row of the table per tensor; csrc/adaptive_step/table.h reads the same columns. Addresses are
 # 0 where absent.
 COLUMNS = (
-    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "step", "grok_step",
-    "size", "param_dtype", "grad_dtype",
-    "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype", "weight_ema_dtype",
+    "param", "grad", "exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema", "grok_ring", "sums",
+    "step", "grok_step", "size", "window",
+    "param_dtype", "grad_dtype", "exp_avg_dtype", "exp_avg_sq_dtype", "grok_exp_avg_dtype",
+    "weight_ema_dtype", "grok_ring_dtype",
 )  # fmt: skip
 
 
@@ -48,10 +50,12 @@ class AdaptiveStep:
         grok_exp_avgs: Sequence[Tensor] = (),
         grok_steps: Sequence[Tensor] = (),
         weight_emas: Sequence[Tensor] = (),
+        grok_rings: Sequence[Tensor] = (),
         *,
         backend: str | None = None,
     ) -> None:
         self.params = params
+        self.rings = grok_rings
         self.states = {
             "exp_avg": exp_avgs,
             "exp_avg_sq": exp_avg_sqs,
@@ -59,14 +63,20 @@ class AdaptiveStep:
             "weight_ema": weight_emas,
         }
         self.counters = {"step": steps, "grok_step": grok_steps}
-        _check_tensors(params, grads, self.states, self.counters)
+        _check_tensors(params, grads, self.states, self.counters, grok_rings)
         self.device = params[0].device if params else torch.device("cpu")
-        dtypes = frozenset(t.dtype for t in (*params, *grads, *chain(*self.states.values())))
+        floating = (*params, *grads, *chain(*self.states.values()), *grok_rings)
+        dtypes = frozenset(tensor.dtype for tensor in floating)
         self.choice = OPS["adaptive_step"].choose(self.device.type, dtypes, backend)
+        self._backend = backend
+        self._filter_sums: dict[bool, FilterSums] = {}  # with means, and without
+        self._suits: set[tuple[str, str]] = set()  # pairs of rule and filter that were checked
         # Whoever exchanges the memory of states (`.data`) exchanges that of all, so one tells; the
         # memory that is not looked at each time stays valid.
-        self._watched = exp_avgs
-        unwatched = (exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas)
+        self._watched = exp_avgs or grok_exp_avgs or weight_emas or steps
+        unwatched = (
+            exp_avgs, exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas, grok_rings
+        )  # fmt: skip
         self._kept = [tensor.untyped_storage() for tensor in chain(*unwatched)]
         self._dtypes = list(map(_dtype, grads))
         self._negated = any(map(Tensor.is_neg, grads))
@@ -86,14 +96,55 @@ class AdaptiveStep:
             return watched, list(map(Tensor.data_ptr, params)), list(map(Tensor.numel, params))
         return watched, [(param.data_ptr(), param.shape, param.stride()) for param in params]
 
+    @property
+    def sums(self) -> Tensor | None:
+        """What ``measure`` found last, with means."""
+        return self._filter_sums[True].sums if True in self._filter_sums else None
+
+    def measure(self, grads: Sequence[Tensor], means: bool = True) -> Tensor:
+        """Returns the sums over gradients and means (trm_fast/ops/filter_sums.py), or over
+        gradients alone. With means they are what the next step with a filter that needs them reads,
+        whoever has written to them."""
+        if means not in self._filter_sums:
+            states = self.states["grok_exp_avg"] if means else ()
+            self._filter_sums[means] = FilterSums(grads, states, backend=self._backend)
+            self._table = None if means else self._table
+        with torch.no_grad():
+            return self._filter_sums[means](grads)
+
     def __call__(self, grads: Sequence[Tensor], settings: "Settings") -> None:
-        """Takes one step; ``grads`` must fit."""
+        """Takes one step; ``grads`` must fit, and have been measured for a filter with sums."""
+        if (settings.rule, settings.filter) not in self._suits:
+            self._check_suits(settings)
         self._grads_contiguous = all(map(Tensor.is_contiguous, grads))
         if not self._grads_contiguous:
             for index, grad in enumerate(grads):
                 _check_dense(f"grads[{index}]", grad)
         if self.params:
             self.choice.run(self, grads, settings)
+
+    def _check_suits(self, settings: "Settings") -> None:
+        """Raises where the rule or the filter lacks a state, or has one that it does not know."""
+        adaptive = settings.rule in ("adamw", "adam", "atan2")
+        held = {name for name, tensors in self.states.items() if tensors}
+        needed = {"exp_avg", "exp_avg_sq"} if adaptive else set()
+        needed |= {"exp_avg"} if settings.rule == "momentum" else set()
+        known = needed | {"grok_exp_avg"} | ({"exp_avg"} if settings.rule == "sgd" else set())
+        if settings.rule not in ("momentum", "filter"):
+            known |= {"weight_ema"}
+        for name in needed - held if self.params else ():
+            _require(False, name, f"given for rule {settings.rule!r}", "none")
+        for name in held - known:
+            _require(False, name, f"empty for rule {settings.rule!r}", "tensors")
+        # A filter state may rest, so only the kind is looked at.
+        if settings.filter != "none" and self.states["grok_exp_avg"]:
+            _require(
+                bool(self.rings) == (settings.filter == "ma"),
+                "grok_ring", "given for filter 'ma' and for no other", settings.filter,
+            )  # fmt: skip
+        if settings.reduces and self.states["grok_exp_avg"] and self.sums is None:
+            _require(False, "sums", "measured before the step", None)
+        self._suits.add((settings.rule, settings.filter))
 
     def run_on_rows(
         self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: "Settings"
@@ -115,10 +166,15 @@ class AdaptiveStep:
     def _make_table(self) -> "_Table":
         filled: dict[str, list[int]] = {"size": [param.numel() for param in self.params]}
         filled["grad_dtype"] = [STORAGE.index(dtype) for dtype in self._dtypes]
-        for name, tensors in ({"param": self.params} | self.states | self.counters).items():
+        floating = {"param": self.params, **self.states, "grok_ring": self.rings}
+        for name, tensors in (floating | self.counters).items():
             filled[name] = [tensor.data_ptr() for tensor in tensors]
             if name not in self.counters:
                 filled[f"{name}_dtype"] = [STORAGE.index(tensor.dtype) for tensor in tensors]
+        filled["window"] = [ring.shape[0] for ring in self.rings]
+        if self.sums is not None:
+            row_bytes = 3 * self.sums.element_size()
+            filled["sums"] = [self.sums.data_ptr() + i * row_bytes for i in range(len(self.params))]
         absent = [0] * len(self.params)
         columns = [filled.get(name) or absent for name in COLUMNS]
         rows = torch.from_numpy(np.array(columns, dtype=np.int64).T.copy())
@@ -161,14 +217,19 @@ def _check_tensors(
     grads: Sequence[Tensor],
     states: dict[str, Sequence[Tensor]],
     counters: dict[str, Sequence[Tensor]],
+    rings: Sequence[Tensor],
 ) -> None:
-    for name, tensors in {"grads": grads, **states, **counters}.items():
-        optional = name in ("grok_exp_avg", "grok_step", "weight_ema")
+    for name, tensors in {"grads": grads, **states, **counters, "grok_ring": rings}.items():
+        optional = name not in ("grads", "step")
         fits = len(tensors) == len(params) or (optional and not tensors)
         _require(fits, name, f"of {len(params)} tensors, one for each parameter", len(tensors))
     _require(
         len(states["grok_exp_avg"]) == len(counters["grok_step"]),
         "grok_step", "given together with grok_exp_avg", len(counters["grok_step"]),
+    )  # fmt: skip
+    _require(
+        not rings or len(states["grok_exp_avg"]) > 0,
+        "grok_exp_avg", "given together with grok_ring, as its sum", 0,
     )  # fmt: skip
     for index, param in enumerate(params):
         _check_param(index, param, params[0].device)
@@ -180,9 +241,11 @@ def _check_tensors(
         for name, tensors in counters.items():
             if tensors:
                 _check_counter(f"{name}[{index}]", tensors[index], param.device)
+        if rings:
+            _check_ring(index, rings[index], states["grok_exp_avg"][index], param)
     if params and params[0].device.type == "meta":
         return
-    written = [*params, *chain(*states.values()), *chain(*counters.values())]
+    written = [*params, *chain(*states.values()), *chain(*counters.values()), *rings]
     _require(
         not overlap(written, grads), "written tensors", "disjoint in memory", "two that overlap"
     )
@@ -228,6 +291,19 @@ def _check_counter(name: str, tensor: Tensor, device: torch.device) -> None:
     fits = tensor.dtype == torch.float32 and tensor.dim() == 0 and tensor.device == device
     came = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
     _require(fits, name, f"a float32 tensor of shape () on {device}", came)
+
+
+def _check_ring(index: int, ring: Tensor, total: Tensor, param: Tensor) -> None:
+    name = f"grok_ring[{index}]"
+    fits = ring.dim() == param.dim() + 1 and ring.shape[0] > 0 and ring.device == param.device
+    came = f"{tuple(ring.shape)} on {ring.device}"
+    _require(fits, name, f"[w, *{tuple(param.shape)}] with w > 0 on {param.device}", came)
+    _check_like(f"{name}[0]", ring[0], param, STATE_STORAGE)
+    _check_layout(f"{name}[0]", ring[0], param)
+    apart = ring.stride(0) == param.numel() or ring.shape[0] == 1 or not param.numel()
+    _require(apart, name, f"without gaps between {param.numel()} elements", ring.stride())
+    exact = total.dtype != torch.bfloat16
+    _require(exact, f"grok_exp_avg[{index}]", "float32, as it is a sum", total.dtype)
 
 
 def _require(holds: bool, argument: str, required: str, came: object) -> None:
