@@ -1,7 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there and reports what the machine code needs.
 
-Run as a program, in a process without TRITON_INTERPRET: ``compile_only.py FILE KERNEL SM`` compiles
-each of the ``specialisations()`` of FILE and prints one JSON object per line.
+Run as a program, in a process without TRITON_INTERPRET: ``compile_only.py FILE SM`` compiles each
+of the ``specialisations()`` of FILE and prints one JSON object per line. A specialisation names its
+"kernel", or means the one that is called after the file.
 """
 
 import importlib.util
@@ -136,9 +137,10 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def reports(path: Path, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
+def reports(path: Path, sm: int) -> Iterator[dict[str, Any]]:
     module = load(path)
     for kind in module.specialisations():
+        kernel = kind.get("kernel", f"{path.stem}_kernel")
         made = build(
             getattr(module, kernel),
             kind["signature"],
@@ -147,12 +149,13 @@ def reports(path: Path, kernel: str, sm: int) -> Iterator[dict[str, Any]]:
             kind["aligned"],
             kind["options"],
         )
-        yield made | {"warps": kind["options"].get("num_warps", 4)}
+        facts = {"kernel": kernel, "float64": kind.get("float64", False)}
+        yield made | facts | {"warps": kind["options"].get("num_warps", 4)}
 
 
 def main() -> None:
-    path, kernel, sm = sys.argv[1:]
-    for report in reports(Path(path), kernel, int(sm)):
+    path, sm = sys.argv[1:]
+    for report in reports(Path(path), int(sm)):
         print(json.dumps(report), flush=True)
 
 
