@@ -1,7 +1,8 @@
-"""GrokFastAdamW in two processes: DDP, DTensor and FSDP2 give the weights of one process.
+"""The optimizers in two processes: DDP, DTensor and FSDP2 give the weights of one process.
 
 The gradients are means of products of small whole numbers, so that no sum depends on its order and
-the runs must agree bit for bit.
+the runs must agree bit for bit. Filters and clipping that look at whole tensors add up products of
+what is no whole number any more; they agree to the roundings of float32.
 """
 
 import subprocess
@@ -15,7 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
@@ -26,10 +33,11 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Linear, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-from trm_fast import GrokFastAdamW
+from trm_fast import AdamATan2, GradFilter, GrokFastAdamW, GrokFastSGD, WeightEMA
 
 pytestmark = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this torch is built without gloo"
@@ -38,6 +46,32 @@ pytestmark = pytest.mark.skipif(
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "weight_ema": 0.9}
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 STEPS = 3
+
+CLIP = {"clip_norm": 0.5}
+WINDOW = {"filter": "ma", "window": 2}
+# Each element for itself: bit for bit.
+ELEMENTWISE: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda params: GrokFastAdamW(params, **OPTIONS),
+    "atan2_ma": lambda params: AdamATan2(params, **OPTIONS, **WINDOW),
+    "sgd_highpass": lambda params: GrokFastSGD(params, **OPTIONS, momentum=0.9, filter="highpass"),
+    "around_sgd_ma": lambda params: GradFilter(torch.optim.SGD(params, lr=0.1), **WINDOW),
+}
+WHOLE: dict[str, Callable[[Any], Any]] = {
+    "adamw_projection": lambda params: GrokFastAdamW(params, **OPTIONS, filter="projection"),
+    "sgd_gate": lambda params: GrokFastSGD(params, **OPTIONS, filter="cosine_gate"),
+    "atan2_clipped": lambda params: AdamATan2(params, **OPTIONS, **CLIP),
+    "sgd_both": lambda params: GrokFastSGD(params, **OPTIONS, **CLIP, filter="projection"),
+    "sgd_groups": lambda params: GrokFastSGD(
+        [{"params": [param], "filter": f} for param, f in zip(params, ("ma", None), strict=True)],
+        **OPTIONS,
+        **CLIP,
+        window=2,
+    ),
+    "around_sgd_clipped": lambda params: GradFilter(
+        torch.optim.SGD(params, lr=0.1), filter="projection", **CLIP
+    ),
+}
+MAKE = ELEMENTWISE | WHOLE
 
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
@@ -53,7 +87,7 @@ def linear(rows: int) -> Linear:
     return model
 
 
-def train(model: torch.nn.Module, optimizer: GrokFastAdamW, rows: int, part: slice) -> None:
+def train(model: torch.nn.Module, optimizer: Any, rows: int, part: slice) -> None:
     """Steps on its part of each batch of 8; the gradient of the weight is the mean of y x^T."""
     for t in range(STEPS):
         x, y = whole_numbers(8, 6, seed=10 + t)[part], whole_numbers(8, rows, seed=20 + t)[part]
@@ -66,9 +100,13 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def result(model: torch.nn.Module, optimizer: GrokFastAdamW) -> dict[str, Tensor]:
-    """Weights and states, gathered from all processes."""
+def result(model: torch.nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Weights, states and statistics, gathered from all processes."""
     tensors = {}
+    if optimizer.clip_norm is not None:
+        tensors["grad_norm"] = optimizer.grad_norm
+    for index, found in enumerate(optimizer.statistics()):
+        tensors |= {f"statistics {index}": torch.stack(found[1:])}
     for name, param in model.named_parameters():
         name = name.removeprefix("module.")
         states = optimizer.state[param].items()
@@ -76,9 +114,9 @@ def result(model: torch.nn.Module, optimizer: GrokFastAdamW) -> dict[str, Tensor
     return tensors
 
 
-def alone(rows: int = 5) -> dict[str, Tensor]:
+def alone(rows: int = 5, make: str = "adamw") -> dict[str, Tensor]:
     model = linear(rows)
-    optimizer = GrokFastAdamW(model.parameters(), **OPTIONS)
+    optimizer = MAKE[make](model.parameters())
     train(model, optimizer, rows, slice(None))
     return result(model, optimizer)
 
@@ -90,19 +128,36 @@ def half(rank: int) -> slice:
     return slice(4 * rank, 4 * rank + 4)
 
 
-def ddp(mesh: DeviceMesh, rank: int, view: bool) -> Any:
+def ddp(mesh: DeviceMesh, rank: int, view: bool, make: str = "adamw") -> Any:
     model = DistributedDataParallel(linear(5), gradient_as_bucket_view=view)
-    optimizer = GrokFastAdamW(model.parameters(), **OPTIONS)
+    optimizer = MAKE[make](model.parameters())
     train(model, optimizer, 5, half(rank))
     return result(model, optimizer)
 
 
-def fsdp(mesh: DeviceMesh, rank: int, rows: int) -> Any:
+def fsdp(mesh: DeviceMesh, rank: int, rows: int, make: str = "adamw") -> Any:
     model = linear(rows)
     fully_shard(model, mesh=mesh)
-    optimizer = GrokFastAdamW(model.parameters(), **OPTIONS)
+    optimizer = MAKE[make](model.parameters())
     train(model, optimizer, rows, half(rank))
     return result(model, optimizer)
+
+
+def averaged(model: torch.nn.Module, part: slice) -> Any:
+    """Weights that are averaged beside the optimizer: the average, and the weights afterwards."""
+    optimizer, ema = torch.optim.SGD(model.parameters(), lr=0.5), WeightEMA(model, 0.5)
+    for _ in range(2):
+        train(model, optimizer, 5, part)
+        ema.update()
+    with ema.swapped():
+        swapped = {f"average.{name}": whole(p) for name, p in model.named_parameters()}
+    return swapped | {name: whole(param) for name, param in model.named_parameters()}
+
+
+def averaged_shards(mesh: DeviceMesh, rank: int) -> Any:
+    model = linear(5)
+    fully_shard(model, mesh=mesh)
+    return averaged(model, half(rank))
 
 
 def distributed(mesh: DeviceMesh, rows: int, placement: Placement) -> Linear:
@@ -158,18 +213,75 @@ def state_types(mesh: DeviceMesh, rank: int, rows: int) -> Any:
     ]
 
 
-def resumed(mesh: DeviceMesh, rank: int) -> Any:
+Transfer = Callable[[Linear, Any, Linear, Any], None]
+
+
+def resumed(rank: int, mesh: DeviceMesh, make: str, transfer: Transfer, rows: int = 5) -> Any:
     """An FSDP2 run that is saved and loaded before its last steps."""
-    models = [linear(5), linear(5)]
+    models = [linear(rows), linear(rows)]
     for model in models:
         fully_shard(model, mesh=mesh)
-    first, second = (GrokFastAdamW(model.parameters(), **OPTIONS) for model in models)
-    train(models[0], first, 5, half(rank))
+    first, second = (MAKE[make](model.parameters()) for model in models)
+    train(models[0], first, rows, half(rank))
     models[1].load_state_dict(models[0].state_dict())
-    second.load_state_dict(first.state_dict())
-    train(models[0], first, 5, half(rank))
-    train(models[1], second, 5, half(rank))
+    transfer(models[0], first, models[1], second)
+    train(models[0], first, rows, half(rank))
+    train(models[1], second, rows, half(rank))
     return {"first": result(models[0], first), "second": result(models[1], second)}
+
+
+def directly(_: Linear, source: Any, __: Linear, target: Any) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def through_files(model: Linear, source: Any, other: Linear, target: Any) -> None:
+    """Of torch.distributed.checkpoint, a shard from each process."""
+    folder = Path(sys.argv[2]) / f"{type(source).__name__}_{len(model.bias)}"
+    dcp.save({"optimizer": get_optimizer_state_dict(model, source)}, checkpoint_id=folder)
+    state_dict = {"optimizer": get_optimizer_state_dict(other, target)}
+    dcp.load(state_dict, checkpoint_id=folder)
+    set_optimizer_state_dict(other, target, state_dict["optimizer"])
+
+
+def through_whole_tensors(model: Linear, source: Any, other: Linear, target: Any) -> None:
+    """As one process would have saved them."""
+    options = StateDictOptions(full_state_dict=True)
+    state_dict = get_optimizer_state_dict(model, source, options=options)
+    set_optimizer_state_dict(other, target, state_dict, options=options)
+
+
+TRANSFERS = {"directly": directly, "files": through_files, "whole": through_whole_tensors}
+RESUMED = [
+    (make, transfer, rows)
+    for make, rows in (("adamw", 5), ("atan2_ma", 5), ("atan2_ma", 1), ("adamw_projection", 5))
+    for transfer in TRANSFERS
+]
+
+
+def strided(mesh: DeviceMesh, rank: int, make: str) -> Any:
+    """A parameter whose rows take turns between processes, as FSDP2 leaves it with tensor
+    parallelism."""
+    whole, place = whole_numbers(4, 6, seed=0) / 8, [_StridedShard(0, split_factor=2)]
+
+    def shard(tensor: Tensor) -> DTensor:
+        mine = tensor[rank::2].clone()
+        return DTensor.from_local(mine, mesh, place, shape=tensor.shape, stride=tensor.stride())
+
+    param, plain = Parameter(shard(whole)), Parameter(whole.clone())
+    optimizer, expected = (
+        GrokFastSGD([each], lr=0.1, clip_norm=0.5, filter=make, window=2) for each in (param, plain)
+    )
+    for t in range(STEPS):
+        grad = whole_numbers(4, 6, seed=10 + t) / 8
+        param.grad, plain.grad = shard(grad), grad
+        optimizer.step()
+        expected.step()
+    found, truth = {"param": param.to_local()}, {"param": plain[rank::2]}
+    if make == "ma":
+        found["ring"] = optimizer.state[param]["grok_ring"].to_local()
+        truth["ring"] = expected.state[plain]["grok_ring"][:, rank::2]
+        assert optimizer.state[param]["grok_ring"].placements[0].dim == 1
+    return {"found": found, "truth": truth}
 
 
 CASES: dict[str, Callable[[DeviceMesh, int], Any]] = {
@@ -177,15 +289,29 @@ CASES: dict[str, Callable[[DeviceMesh, int], Any]] = {
     "ddp_copy": lambda mesh, rank: ddp(mesh, rank, False),
     "fsdp_5_rows": lambda mesh, rank: fsdp(mesh, rank, 5),
     "fsdp_1_row": lambda mesh, rank: fsdp(mesh, rank, 1),
-    "fsdp_resumed": resumed,
     "dtensor_5_rows": lambda mesh, rank: given_grads(mesh, rank, 5),
     "dtensor_1_row": lambda mesh, rank: given_grads(mesh, rank, 1),
     "partial_grads": partial_grads,
+    "averaged": averaged_shards,
     "sizes_5_rows": lambda mesh, rank: shard_sizes(mesh, rank, 5),
     "sizes_1_row": lambda mesh, rank: shard_sizes(mesh, rank, 1),
     "types_5_rows": lambda mesh, rank: state_types(mesh, rank, 5),
     "types_1_row": lambda mesh, rank: state_types(mesh, rank, 1),
 }
+for make in MAKE:
+    CASES[f"ddp_{make}"] = lambda mesh, rank, make=make: ddp(mesh, rank, True, make)
+    for rows in (5, 1):
+        CASES[f"fsdp_{rows}_{make}"] = lambda mesh, rank, rows=rows, make=make: fsdp(
+            mesh, rank, rows, make
+        )
+for make, transfer, rows in RESUMED:
+    CASES[f"resumed_{make}_{transfer}_{rows}"] = (
+        lambda mesh, rank, make=make, transfer=transfer, rows=rows: resumed(
+            rank, mesh, make, TRANSFERS[transfer], rows
+        )
+    )
+for make in ("projection", "ma"):
+    CASES[f"strided_{make}"] = lambda mesh, rank, make=make: strided(mesh, rank, make)
 
 
 def main(rank: int, folder: Path) -> None:
@@ -238,9 +364,10 @@ def returned(results: list[dict[str, Any]], case: str) -> list[Any]:
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit, but for statistics, which are sums in any case."""
     assert actual.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different
+    exact = [name for name in expected if not name.startswith("statistics")]
+    assert not [name for name in exact if not torch.equal(actual[name], expected[name])]
 
 
 @pytest.mark.parametrize("case", ["ddp_view", "ddp_copy"])
@@ -257,9 +384,47 @@ def test_fsdp2_equals_one_process_on_the_whole_batch(
         assert_equal(found, alone(rows))
 
 
-def test_resumed_fsdp2_run_equals_uninterrupted(results: list[Any]) -> None:
-    for found in returned(results, "fsdp_resumed"):
+@pytest.mark.parametrize(("make", "transfer", "rows"), RESUMED)
+def test_resumed_fsdp2_run_equals_uninterrupted(
+    results: list[Any], make: str, transfer: str, rows: int
+) -> None:
+    """Rings in the middle of their window too, and the empty shards of a single row."""
+    for found in returned(results, f"resumed_{make}_{transfer}_{rows}"):
         assert_equal(found["second"], found["first"])
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Sums over parts and over the whole differ by roundings of 2**-24 of their largest value, and
+    three steps hand them on with gains below 50."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name].double() - value.double()).abs().max() if value.numel() else 0
+        assert error <= 3 * 50 * 2**-24 * (1 + value.abs().max()), f"{name}: {error}"
+
+
+@pytest.mark.parametrize("case", ["ddp", "fsdp_5", "fsdp_1"])
+@pytest.mark.parametrize("make", MAKE)
+def test_every_filter_equals_one_process_on_the_whole_batch(
+    results: list[Any], make: str, case: str
+) -> None:
+    """Uneven and empty shards included: what looks at whole tensors looks at all shards."""
+    expected = alone(1 if case == "fsdp_1" else 5, make)
+    for found in returned(results, f"{case}_{make}"):
+        assert_near(found, expected)
+        if make in ELEMENTWISE:
+            assert_equal(found, expected)
+
+
+def test_weight_average_of_shards_equals_that_of_one_process(results: list[Any]) -> None:
+    for found in returned(results, "averaged"):
+        assert_equal(found, averaged(linear(5), slice(None)))
+
+
+@pytest.mark.parametrize("make", ["projection", "ma"])
+def test_strided_shards_are_shards(results: list[Any], make: str) -> None:
+    """``Placement.is_shard`` leaves them out."""
+    for found in returned(results, f"strided_{make}"):
+        assert_near(found["found"], found["truth"])
 
 
 @pytest.mark.parametrize(("case", "rows"), [("dtensor_5_rows", 5), ("dtensor_1_row", 1)])

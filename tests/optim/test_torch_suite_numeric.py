@@ -1,7 +1,7 @@
 """torch's optimizer checks on GrokFastAdamW: equal implementations, AdamW, GradScaler, autograd."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -30,16 +30,6 @@ from .torch_checks import (
 )
 
 Row = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """torch's fused step starts its threads for every tensor, however small: slow where cores are
-    shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Implementations

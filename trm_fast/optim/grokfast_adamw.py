@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast.ops.adaptive_step import Settings
-from trm_fast.optim._adaptive import AdaptiveOptimizer, Group
+from trm_fast.ops import Settings
+from trm_fast.optim._adaptive import AdaptiveOptimizer
+from trm_fast.optim._states import Group
 
 
 class GrokFastAdamW(AdaptiveOptimizer):
@@ -21,19 +22,24 @@ class GrokFastAdamW(AdaptiveOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``; every option below
-            except ``backend`` and ``state_dtype`` may differ between groups, and may be changed
-            between steps.
+            except ``backend``, ``state_dtype`` and ``clip_norm`` may differ between groups, and may
+            be changed between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         betas: decay per step of the first and second moment, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decay of the weights per unit of learning rate, >= 0.
         alpha: decay per step of the running mean, in [0, 1]. The paper advises 0.8 to 0.99.
-        lamb: weight of the running mean, >= 0; the paper advises 0.1 to 5.
-        filter: "ema" is GrokFast. "highpass" is its opposite, ``grad + lamb * (grad - mean)``,
-            which amplifies noise; it exists because some published trainers use it. None is no
-            filter.
+        lamb: weight of the running mean, >= 0; the paper advises 0.1 to 5. It may be changed
+            between steps; 0 lets the gradient pass and keeps the mean up to date.
+        filter: "ema" is GrokFast. "ma" is its other form, with the mean of the last ``window``
+            gradients (the paper: lamb 5). "projection" amplifies the part of the gradient along the
+            mean, tensor by tensor; "cosine_gate" multiplies a tensor's gradient by lamb where its
+            cosine with the mean is above 1/2, else divides by it. "highpass" is the opposite of
+            GrokFast, ``grad + lamb * (grad - mean)``, which amplifies noise; it exists because some
+            published trainers use it. None is no filter, and lets the state of one rest. Changed
+            between steps, "ma" and the others, which remember different things, start anew.
         after_step: number of first steps without filter; the mean starts at the first gradient
-            behind them.
+            behind them ("ma" remembers gradients from the first step on).
         maximize: ascends instead; negates the gradient before the filter.
         capturable: allows a step inside a CUDA graph. A replay reads ``lr``, ``weight_decay`` and
             ``lamb`` again only where they are tensors on the device; numbers are burnt in.
@@ -48,9 +54,19 @@ class GrokFastAdamW(AdaptiveOptimizer):
             none.
         decoupled_weight_decay: False adds ``weight_decay * param`` to the filtered gradient, which
             makes it Adam.
-        state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg" and
-            "weight_ema" to a dtype, stores states in 16 bits with stochastic rounding; default
-            float32. float64 parameters keep float64.
+        state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg",
+            "grok_ring" and "weight_ema" to a dtype, stores states in 16 bits with stochastic
+            rounding; default float32. float64 parameters keep float64.
+        window: number of gradients that "ma" averages, >= 1. It keeps all of them: 4 bytes each per
+            parameter, or 2 with ``state_dtype={"grok_ring": torch.bfloat16}``. Another number is
+            refused while the state "grok_ring" has this one.
+        warmup: lets gradients pass "ma" unchanged until its window is full, as the published code
+            does; False averages those there are, as the paper's algorithm does.
+        proj_eps: "projection" leaves a tensor alone while the squared norm of its mean is not above
+            this.
+        clip_norm: scales all gradients of a step down to this Euclidean norm, before the filter, as
+            ``torch.nn.utils.clip_grad_norm_`` would, without a host sync; ``grad_norm`` then holds
+            the norm that was found. None does not clip.
         normalize_lr: divides the learning rate by ``1 + lamb`` at each step (filter "ema" only), so
             that the slow part moves the weights as fast as without filter; ``group["lr"]`` still
             shows the number given.
@@ -88,25 +104,24 @@ class GrokFastAdamW(AdaptiveOptimizer):
         weight_ema: float | None = None,
         decoupled_weight_decay: bool = True,
         state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        window: int = 100,
+        warmup: bool = True,
+        proj_eps: float = 1e-10,
+        clip_norm: float | None = None,
         normalize_lr: bool = False,
     ) -> None:
-        if fused and differentiable:
-            raise RuntimeError("`fused` does not support `differentiable`")
-        if fused and foreach:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        if differentiable and backend not in (None, "reference"):
-            raise ValueError(
-                f"GrokFastAdamW: backend must be 'reference' with differentiable; got {backend!r}"
-            )
         defaults = {
             "lr": lr,
-            "betas": _pair(betas),
+            "betas": pair("GrokFastAdamW", betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "alpha": alpha,
             "lamb": lamb,
             "filter": filter,
             "after_step": after_step,
+            "window": window,
+            "warmup": warmup,
+            "proj_eps": proj_eps,
             "weight_ema": weight_ema,
             "maximize": maximize,
             "capturable": capturable,
@@ -116,15 +131,10 @@ class GrokFastAdamW(AdaptiveOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "normalize_lr": normalize_lr,
         }
-        super().__init__(params, defaults, backend, state_dtype)
+        super().__init__(params, defaults, backend, state_dtype, clip_norm)
 
     def _settings(self, group: Group) -> Settings:
-        beta1, beta2 = _pair(group["betas"])
-        filter, weight_ema = group["filter"], group["weight_ema"]
-        if filter not in ("ema", "highpass", None):
-            raise ValueError(
-                f"GrokFastAdamW: filter must be 'ema', 'highpass' or None; got {filter!r}"
-            )
+        beta1, beta2 = pair("GrokFastAdamW", group["betas"])
         settings = Settings(
             group["lr"],
             beta1,
@@ -132,28 +142,22 @@ class GrokFastAdamW(AdaptiveOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             rule="adamw" if group["decoupled_weight_decay"] else "adam",
-            filter="none" if filter is None else filter,
-            alpha=group["alpha"],
-            lamb=group["lamb"],
-            after_step=group["after_step"],
-            maximize=group["maximize"],
-            weight_ema=0.0 if weight_ema is None else weight_ema,
-            owner="GrokFastAdamW",
+            **self._filter_settings(group),
         )
-        if group["normalize_lr"] and filter == "ema":
+        if group["normalize_lr"] and group["filter"] == "ema":
             settings.lr = settings.lr / (1 + settings.lamb)
         return settings
 
 
-def _pair(betas: Any) -> tuple[float, float]:
+def pair(owner: str, betas: Any) -> tuple[float, float]:
     """Returns two decays as numbers; tensors of one element are read once, here."""
-    pair = tuple(betas) if isinstance(betas, (tuple, list)) else ()
-    if len(pair) != 2:
-        raise ValueError(f"GrokFastAdamW: betas must be two numbers in [0, 1); got {betas!r}")
-    beta1, beta2 = (beta.item() if isinstance(beta, Tensor) else beta for beta in pair)
+    both = tuple(betas) if isinstance(betas, (tuple, list)) else ()
+    if len(both) != 2:
+        raise ValueError(f"{owner}: betas must be two numbers in [0, 1); got {betas!r}")
+    beta1, beta2 = (beta.item() if isinstance(beta, Tensor) else beta for beta in both)
     for index, beta in enumerate((beta1, beta2)):
         if not isinstance(beta, (int, float)):
-            raise TypeError(f"GrokFastAdamW: betas[{index}] must be a number; got {beta!r}")
+            raise TypeError(f"{owner}: betas[{index}] must be a number; got {beta!r}")
         if not 0 <= beta < 1:
-            raise ValueError(f"GrokFastAdamW: betas[{index}] must be in [0, 1); got {beta!r}")
+            raise ValueError(f"{owner}: betas[{index}] must be in [0, 1); got {beta!r}")
     return beta1, beta2

@@ -1,0 +1,215 @@
+"""``WeightEMA``: a running average of a model's weights, beside any optimizer."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightEMA:
+    """Keeps ``average <- decay * average + (1 - decay) * param`` for the parameters of a model.
+
+    All tensors are averaged in one call (``torch._foreach_lerp_``: on a GPU one launch for many).
+    Optimizers of this package can fold the same average into their step with ``weight_ema=decay``,
+    which reads the weights while they are in registers; ``WeightEMA.of(optimizer, model)`` then
+    gives the same handling of what they keep.
+
+    Args:
+        model: the model, or named parameters as ``model.named_parameters()`` gives them. Buffers
+            are not averaged; a parameter that is frozen or shared is kept once.
+        decay: weight of the average per update, in [0, 1]; official TRM: 0.999.
+        dtype: of the averages; None means float32 for 16-bit parameters, else their own, because
+            ``1 - 0.999`` of a difference is lost in 16 bits.
+
+    Raises:
+        ValueError: ``decay`` is out of range, or there are no parameters.
+        TypeError: ``decay`` is not a number, or ``dtype`` not a floating point type.
+
+    Example:
+        >>> ema = trm_fast.WeightEMA(model, decay=0.999)
+        >>> optimizer.step()
+        >>> ema.update()
+        >>> with ema.swapped():  # the model has the averaged weights in here
+        ...     evaluate(model)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        decay: float = 0.999,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.decay = _check_decay(decay)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"WeightEMA: dtype must be a floating point type; got {dtype}")
+        self._params = _named(model)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._own = {
+            name: param.detach().to(_average_dtype(param, dtype), copy=True)
+            for name, param in self._params.items()
+        }
+        self._swapped = False
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> "WeightEMA":
+        """Returns the averages that ``optimizer`` keeps with ``weight_ema``, by name: the same
+        tensors, which its step moves on. Parameters that it does not average stand for themselves.
+
+        Raises:
+            ValueError: the optimizer keeps no average of a parameter of the model.
+        """
+        params = _named(model)
+        kept = {
+            name: optimizer.state[param]["weight_ema"]
+            for name, param in params.items()
+            if "weight_ema" in optimizer.state.get(param, {})
+        }
+        if not kept:
+            raise ValueError(
+                f"WeightEMA.of: {type(optimizer).__name__} must keep averages of the model's "
+                "weights; got one without: give it weight_ema=0.999"
+            )
+        groups = [group for group in optimizer.param_groups if group.get("weight_ema") is not None]
+        new = cls.__new__(cls)
+        new.decay, new._swapped, new._own = groups[0]["weight_ema"], False, {}
+        new._params = {name: params[name] for name in kept}
+        new._optimizer = optimizer
+        return new
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The averages by the names of their parameters."""
+        if self._optimizer is None:
+            return self._own
+        # Looked up each time, because loading a state dict replaces them. One of torch's optimizers
+        # has none; the average then starts at the next step, at the weights.
+        state = self._optimizer.state
+        return {
+            name: state[param]["weight_ema"] if "weight_ema" in state[param] else param.detach()
+            for name, param in self._params.items()
+        }
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor | None = None) -> None:
+        """Moves the averages towards the weights as they are.
+
+        Args:
+            found_inf: as ``GradScaler`` sets it; where it is not zero nothing changes, without a
+                host sync. After a skipped step the weights are what they were, but they would be
+                averaged once more.
+
+        Raises:
+            RuntimeError: the averages are swapped in, or belong to the step of an optimizer.
+        """
+        if self._swapped:
+            raise RuntimeError("WeightEMA: update must run outside swapped(); got a swapped model")
+        if self._optimizer is not None:
+            raise RuntimeError(
+                "WeightEMA: update must be left to the step of the optimizer, which keeps these "
+                f"averages; got a call beside {type(self._optimizer).__name__}"
+            )
+        _check_decay(self.decay)
+        averages = list(self.average.values())
+        params = [
+            param.detach().to(average.device, average.dtype)
+            for param, average in zip(self._params.values(), averages, strict=True)
+        ]
+        if found_inf is None:
+            torch._foreach_lerp_(averages, params, 1.0 - self.decay)
+            return
+        for average, param in zip(averages, params, strict=True):
+            kept = torch.lerp(average, param, 1.0 - self.decay)
+            average.copy_(torch.where(found_inf.to(average.device) == 0, kept, average))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Gives the model the averaged weights, and its own back at the end, whatever happens.
+
+        Values are exchanged in place, so that optimizers, CUDA graphs and wrappers keep the
+        parameters they know. 16-bit parameters get the average rounded; the weights that come back
+        are the same to the last bit, and so is the average.
+
+        Raises:
+            RuntimeError: the averages are swapped in already.
+        """
+        if self._swapped:
+            raise RuntimeError("WeightEMA: swapped() must not be nested; got a swapped model")
+        own = [param.detach().clone() for param in self._params.values()]
+        self._swapped = True
+        try:
+            self._write(self.average.values())
+            yield
+        finally:
+            self._write(own)
+            self._swapped = False
+
+    def copy_to_model(self) -> None:
+        """Overwrites the weights of the model with their averages, for export."""
+        self._write(self.average.values())
+
+    @torch.no_grad()
+    def _write(self, values: Iterable[Tensor]) -> None:
+        for param, value in zip(self._params.values(), values, strict=True):
+            param.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns decay and averages, by the names of the parameters; the tensors are the live
+        ones, as in ``torch.optim``."""
+        return {"decay": self.decay, "average": dict(self.average)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies decay and averages; their dtypes stay what they are here, and the decay of an
+        optimizer's averages is left to its groups.
+
+        Raises:
+            ValueError: names or shapes differ from those of the model; nothing is loaded then.
+            RuntimeError: the optimizer has loaded a state dict without averages and not stepped.
+        """
+        loaded, decay = state_dict["average"], _check_decay(state_dict["decay"])
+        missing, unknown = self.average.keys() - loaded.keys(), loaded.keys() - self.average.keys()
+        if missing or unknown:
+            raise ValueError(
+                "WeightEMA: state_dict must name the parameters of the model; got missing "
+                f"{sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
+            )
+        for name, value in loaded.items():
+            if value.shape != self.average[name].shape:
+                raise ValueError(
+                    f"WeightEMA: {name} must be {tuple(self.average[name].shape)}; got "
+                    f"{tuple(value.shape)}"
+                )
+        if self._optimizer is None:
+            self.decay = decay
+        elif any("weight_ema" not in self._optimizer.state[p] for p in self._params.values()):
+            raise RuntimeError(
+                "WeightEMA: load_state_dict needs the averages of the optimizer; got one that has "
+                "loaded a state dict without them: take one step first"
+            )
+        with torch.no_grad():
+            for name, value in loaded.items():
+                self.average[name].copy_(value)
+
+
+def _named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    params = dict(named)
+    if not params:
+        raise ValueError("WeightEMA: model must have parameters; got none")
+    return params
+
+
+def _average_dtype(param: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    if asked is not None:
+        return asked
+    return torch.float32 if param.dtype in (torch.bfloat16, torch.float16) else param.dtype
+
+
+def _check_decay(decay: Any) -> float:
+    if not isinstance(decay, (int, float)):
+        raise TypeError(f"WeightEMA: decay must be a number; got {decay!r}")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"WeightEMA: decay must be in [0, 1]; got {decay!r}")
+    return decay
