@@ -9,16 +9,47 @@ if TYPE_CHECKING:
     from trm_fast._dispatch import use_backend
     from trm_fast._errors import BackendError
     from trm_fast.ops import backends
-    from trm_fast.optim import GrokFastAdamW
+    from trm_fast.ops.newton_schulz import newton_schulz
+    from trm_fast.optim import (
+        AdamATan2,
+        GradFilter,
+        GrokFastAdamW,
+        GrokFastSGD,
+        MuGrokfast,
+        Muon,
+        QKClip,
+        SparseSignSGD,
+        WeightEMA,
+    )
 
-__all__ = ["BackendError", "GrokFastAdamW", "__version__", "backends", "use_backend"]
+__all__ = [
+    "AdamATan2",
+    "BackendError",
+    "GradFilter",
+    "GrokFastAdamW",
+    "GrokFastSGD",
+    "MuGrokfast",
+    "Muon",
+    "QKClip",
+    "SparseSignSGD",
+    "WeightEMA",
+    "__version__",
+    "backends",
+    "newton_schulz",
+    "use_backend",
+]
 
 # Resolved on first use, so that `trm-fast --help` and a bare import do not pay for torch.
+_OPTIMIZERS = (
+    "AdamATan2", "GradFilter", "GrokFastAdamW", "GrokFastSGD", "MuGrokfast", "Muon", "QKClip",
+    "SparseSignSGD", "WeightEMA",
+)  # fmt: skip
 _HOME = {
     "BackendError": "trm_fast._errors",
-    "GrokFastAdamW": "trm_fast.optim",
     "backends": "trm_fast.ops",
+    "newton_schulz": "trm_fast.ops",
     "use_backend": "trm_fast._dispatch",
+    **dict.fromkeys(_OPTIMIZERS, "trm_fast.optim"),
 }
 
 
