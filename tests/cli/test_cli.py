@@ -144,7 +144,7 @@ def test_the_config_of_a_run_can_be_run_again(tmp_path):
         (["--stop-at-target", "false"], "unknown field 'stop-at-target'; did you mean"),
         (["--prim", "7"], "unknown field 'prim'; did you mean 'prime'?"),
         (["--lr", "fast"], "--lr: Expected a float. Got value: fast"),
-        (["--filter", "emma"], "--filter: Expected one of 'ema', 'highpass', 'none'."),
+        (["--filter", "emma"], "--filter: Expected one of 'ema', 'ma', 'highpass', "),
         (["--betas", "[0.9]"], "--betas: Expected a tuple with 2 elements."),
         (["--config", "missing.yaml"], "--config: File does not exist"),
     ],

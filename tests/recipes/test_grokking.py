@@ -10,7 +10,7 @@ import torch
 
 from trm_fast.data.modular import modular_equations
 from trm_fast.recipes._grokking_model import Decoder
-from trm_fast.recipes.grokking import GrokkingConfig, train_grokking
+from trm_fast.recipes.grokking import GrokkingConfig, grokking_epochs, train_grokking
 
 # ironjr/grokfast at commit 93b2248, main.py with --filter ema --alpha 0.98 --lamb 2.0
 # --weight_decay 0.005, seed 0, run on a CPU with torch 2.13: the first three epochs.
@@ -223,7 +223,11 @@ def test_a_run_is_repeatable_and_leaves_the_random_state_alone(tmp_path):
         {"operation": "x/y"},
         {"seed": 1},
         {"optimizer": "adamw", "weight_decay": 1.0},
+        {"optimizer": "muon"},
+        {"filter": "ma", "window": 2},
         {"filter": "highpass"},
+        {"filter": "projection"},
+        {"filter": "cosine_gate"},
         {"filter": "none"},
         {"alpha": 0.5},
         {"lamb": 5.0},
@@ -233,7 +237,7 @@ def test_a_run_is_repeatable_and_leaves_the_random_state_alone(tmp_path):
         {"warmup": 0},
         {"batch": 5},
     ],
-    ids=lambda fields: next(iter(fields)),
+    ids=lambda fields: "-".join(map(str, next(iter(fields.items())))),
 )
 def test_every_setting_of_the_training_changes_it(tmp_path, fields):
     plain = loss_of_first_epoch(tmp_path / "plain", iterations=6)
@@ -243,6 +247,42 @@ def test_every_setting_of_the_training_changes_it(tmp_path, fields):
 def test_without_a_filter_lamb_does_nothing(tmp_path):
     first = loss_of_first_epoch(tmp_path / "a", filter="none", lamb=2.0)
     assert loss_of_first_epoch(tmp_path / "b", filter="none", lamb=50.0) == first
+
+
+@pytest.mark.parametrize(
+    ("fixed", "changed"),
+    [
+        ({"filter": "ma", "window": 2}, {"window": 3}),
+        ({"optimizer": "muon"}, {"muon_lr": 1e-2}),
+        ({"optimizer": "muon"}, {"lr": 1e-2}),
+        ({"optimizer": "muon"}, {"weight_decay": 1.0}),
+        ({"optimizer": "muon"}, {"filter": "none"}),
+    ],
+)
+def test_a_setting_of_one_filter_or_optimizer_changes_it(tmp_path, fixed, changed):
+    plain = loss_of_first_epoch(tmp_path / "plain", iterations=6, **fixed)
+    fields = {"iterations": 6, **fixed, **changed}
+    assert loss_of_first_epoch(tmp_path / "changed", **fields) != plain
+
+
+@pytest.mark.parametrize("fields", [{"window": 2}, {"muon_lr": 1e-2}])
+def test_and_changes_nothing_without_it(tmp_path, fields):
+    plain = loss_of_first_epoch(tmp_path / "plain", iterations=6)
+    assert loss_of_first_epoch(tmp_path / "changed", iterations=6, **fields) == plain
+
+
+def test_a_moving_average_that_is_not_full_filters_nothing(tmp_path):
+    plain = loss_of_first_epoch(tmp_path / "plain", iterations=6, filter="none")
+    assert loss_of_first_epoch(tmp_path / "ma", iterations=6, filter="ma") == plain
+
+
+def test_epochs_are_those_of_the_run_without_its_files_and_lines(tmp_path, capsys):
+    config = small(tmp_path / "run", iterations=5)
+    found = list(grokking_epochs(config))
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+    train_grokking(config)
+    for evaluation, line in zip(found, metrics_of(tmp_path / "run"), strict=True):
+        assert {**dataclasses.asdict(evaluation), "seconds": 0} == {**line, "seconds": 0}
 
 
 def test_the_first_update_of_the_warmup_has_lr_0(tmp_path):
@@ -267,8 +307,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ({"warmup": -1}, "warmup must be >= 0; got -1"),
         ({"log_every": 0}, "log_every must be >= 1; got 0"),
         ({"target": 95}, r"target must be in \[0, 1\]; got 95"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw; got 'sgd'"),
-        ({"filter": "ma"}, "filter must be one of ema, highpass, none; got 'ma'"),
+        ({"window": 0}, "window must be >= 1; got 0"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, muon; got 'sgd'"),
+        (
+            {"filter": "median"},
+            "filter must be one of ema, ma, highpass, projection, cosine_gate, none; got 'median'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):

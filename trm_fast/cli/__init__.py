@@ -21,6 +21,7 @@ COMMANDS = {
     "explain": "Shows the choice for one call of an op, with measured time and error.",
     "doctor": "Runs every op on every usable backend against its float64 reference.",
     "train": "Trains one of the recipes.",
+    "bench": "Compares optimizers on a recipe, in many runs that can be interrupted.",
 }
 
 # What the extras [train] and [report] bring; trm_fast itself needs none of it.

@@ -11,8 +11,15 @@ if TYPE_CHECKING:
 
     Show = Callable[[Evaluation], None]
 
-_FILTERS = {"ema": "GrokFast-EMA filter", "highpass": "high-pass filter", "none": "no filter"}
-_OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
+_FILTERS = {
+    "ema": "GrokFast-EMA filter",
+    "ma": "GrokFast-MA filter",
+    "highpass": "high-pass filter",
+    "projection": "projection filter",
+    "cosine_gate": "cosine-gate filter",
+    "none": "no filter",
+}
+_OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
 
 def progress(config: "GrokkingConfig") -> AbstractContextManager["Show"]:

@@ -18,20 +18,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from trm_fast.data.modular import Operation, modular_equations, split_equations
-from trm_fast.optim import GrokFastAdamW
+from trm_fast.optim import GrokFastAdamW, MuGrokfast
+from trm_fast.optim.groups import split_params
 from trm_fast.recipes._grokking_model import Decoder
 from trm_fast.recipes._grokking_report import draw_accuracy, progress, summary
 
-Inner = Literal["adam", "adamw"]
-Filter = Literal["ema", "highpass", "none"]
+Inner = Literal["adam", "adamw", "muon"]
+Filter = Literal["ema", "ma", "highpass", "projection", "cosine_gate", "none"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,21 @@ class GrokkingConfig:
     Args:
         prime: modulus of the equations, a prime number.
         operation: what is learned: x*y, x/y, x+y or x-y, modulo the prime.
-        optimizer: adam adds the weight decay to the gradient (L2), adamw shrinks the weights by it.
-        filter: ema adds lamb times a running mean of the gradient to the gradient (GrokFast),
-            highpass adds lamb times gradient minus mean (the opposite), none changes nothing.
+        optimizer: adam adds the weight decay to the gradient (L2), adamw shrinks the weights by it,
+            muon orthogonalises the update of the matrices in the layers and leaves embeddings,
+            head, norms and biases to adamw.
+        filter: what happens to the gradient before the optimizer: ema adds lamb times its running
+            mean (GrokFast), ma adds lamb times the mean of the last window gradients (GrokFast-MA),
+            highpass adds lamb times gradient minus running mean (the opposite), projection adds
+            lamb times the part along the running mean, per tensor, cosine_gate multiplies a tensor
+            by lamb if it points along the running mean and divides by it if not, none changes
+            nothing.
         alpha: decay of the running mean per iteration, in [0, 1].
         lamb: weight of what the filter adds, >= 0, no unit; unused without a filter.
-        lr: learning rate after the warm-up.
+        window: gradients that ma averages, >= 1; until there are so many, none is changed.
+        lr: learning rate after the warm-up; with muon that of embeddings, head, norms and biases.
+        muon_lr: learning rate of the matrices that muon updates; it scales their updates to the
+            size that adamw's usually have, so the two rates compare.
         betas: decay of the two Adam moments per iteration, each in [0, 1).
         weight_decay: strength of the weight decay, >= 0.
         warmup: iterations over which lr rises linearly from 0; the first one has lr 0.
@@ -71,7 +82,9 @@ class GrokkingConfig:
     filter: Filter = "ema"
     alpha: float = 0.98
     lamb: float = 2.0
+    window: int = 100
     lr: float = 1e-3
+    muon_lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.005
     warmup: int = 10
@@ -87,11 +100,10 @@ class GrokkingConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("warmup", 0), ("batch", 1), ("seed", 0), ("iterations", 1)):
-            _require(
-                getattr(self, name) >= least, f"{name} must be >= {least}", getattr(self, name)
-            )
-        _require(self.log_every >= 1, "log_every must be >= 1", self.log_every)
+        for name in ("warmup", "seed"):
+            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        for name in ("window", "batch", "iterations", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
         _require(0 <= self.target <= 1, "target must be in [0, 1]", self.target)
         for name, choices in (("optimizer", get_args(Inner)), ("filter", get_args(Filter))):
             value = getattr(self, name)
@@ -195,6 +207,27 @@ def train_grokking(config: GrokkingConfig) -> GrokkingResult:
     return result
 
 
+def grokking_epochs(config: GrokkingConfig) -> Iterator[Evaluation]:
+    """Trains without writing or showing anything; yields one evaluation per epoch.
+
+    The model is built by the call, the epochs are trained as they are asked for, also past the
+    target. ``out``, ``overwrite``, ``plot`` and ``log_every`` mean nothing here.
+
+    Args:
+        config: settings of the run.
+
+    Returns:
+        The evaluations, until the iterations are used up.
+
+    Raises:
+        ValueError: the prime, the operation, the device or an optimizer setting cannot be used.
+        FloatingPointError: the loss is not finite any more.
+    """
+    config = _resolved(config)
+    model, train, validation, generator = _build(config)
+    return _epochs(model, _optimizer(model, config), train, validation, generator, config)
+
+
 def _resolved(config: GrokkingConfig) -> GrokkingConfig:
     """Replaces the values that stand for a choice by what was chosen."""
     device = config.device
@@ -241,17 +274,21 @@ def _build(config: GrokkingConfig) -> tuple[Decoder, Tensor, Tensor, torch.Gener
     return model.to(device), train.to(device), validation.to(device), generator
 
 
-def _optimizer(model: nn.Module, config: GrokkingConfig) -> GrokFastAdamW:
-    return GrokFastAdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        alpha=config.alpha,
-        lamb=config.lamb,
-        filter=None if config.filter == "none" else config.filter,
-        decoupled_weight_decay=config.optimizer == "adamw",
-    )
+def _optimizer(model: Decoder, config: GrokkingConfig) -> Optimizer:
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+        "filter": None if config.filter == "none" else config.filter,
+        "alpha": config.alpha,
+        "lamb": config.lamb,
+        "window": config.window,
+    }
+    if config.optimizer == "muon":
+        groups = split_params(model, heads=[model.head])
+        return MuGrokfast(groups, muon_lr=config.muon_lr, adjust_lr_fn="match_rms_adamw", **options)
+    decoupled = config.optimizer == "adamw"
+    return GrokFastAdamW(model.parameters(), decoupled_weight_decay=decoupled, **options)
 
 
 def _count(model: nn.Module) -> int:
@@ -260,7 +297,7 @@ def _count(model: nn.Module) -> int:
 
 def _epochs(
     model: Decoder,
-    optimizer: GrokFastAdamW,
+    optimizer: Optimizer,
     train: Tensor,
     validation: Tensor,
     generator: torch.Generator,
@@ -300,7 +337,7 @@ def _epochs(
 
 def _train(
     model: Decoder,
-    optimizer: GrokFastAdamW,
+    optimizer: Optimizer,
     schedule: LambdaLR,
     batches: tuple[Tensor, ...],
 ) -> tuple[float, float]:
