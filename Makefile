@@ -22,8 +22,9 @@ help: ## list the targets
 demo: build ## train on real data and show the result, in runs/demo
 	$(BIN)/trm-fast train grokking --out runs/demo --overwrite true
 
+# One thread per process: the tensors of the tests are too small to share.
 test: lint build ## check style and types, then run the whole test suite
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 bench: build $(INSTALLED_BENCH) ## compare speed with torch and other packages
 	$(BIN)/pytest bench
