@@ -19,6 +19,7 @@ from .torch_checks import (
     clone_params,
     make_grads,
     make_params,
+    needs_cpp,
     set_grads,
     snapshot,
 )
@@ -66,6 +67,7 @@ def both(compiler: Any, lrs: Any, **options: Any) -> tuple[GrokFastAdamW, GrokFa
     return ours, eager
 
 
+@needs_cpp
 @each_compiler
 def test_compiled_step_equals_eager(compiler: str) -> None:
     """Bit for bit, where lr, weight decay and lamb are numbers that float32 holds."""
@@ -87,6 +89,7 @@ def test_compiled_weights_follow_eager_at_any_learning_rate(options: dict[str, A
         assert_within(mine["param"], theirs["param"], bound, "param")
 
 
+@needs_cpp
 @pytest.mark.parametrize("options", FILTERS[:3], ids=str)
 def test_compiled_moments_equal_eager_at_any_learning_rate(options: dict[str, Any]) -> None:
     """Bit for bit, because neither lr nor weight decay enters them."""
@@ -165,6 +168,7 @@ def test_parameters_with_and_without_a_mean_step_together() -> None:
     assert_same(results[1], results[0])
 
 
+@needs_cpp
 def test_compiled_and_eager_steps_may_alternate() -> None:
     options = {"lr": 2.0**-6, "weight_decay": 2.0**-3}
     params = make_params()

@@ -30,6 +30,7 @@ from .torch_checks import (
     each_input_and_flag,
     make_grads,
     make_params,
+    needs_cpp,
     randn,
     set_grads,
     snapshot,
@@ -69,6 +70,7 @@ def test_refuses_bad_numbers_of_torchs_inputs(error: ErrorOptimizerInput) -> Non
         GrokFastAdamW([Parameter(torch.ones(1))], **case.kwargs)
 
 
+@needs_cpp
 @pytest.mark.parametrize("error", FLEXIBLE, ids=error_id)
 def test_takes_tensors_that_only_torchs_own_loops_refuse(error: ErrorOptimizerInput) -> None:
     """The numbers are taken out of tensors on the CPU, so each form means the same."""

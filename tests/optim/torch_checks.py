@@ -26,6 +26,7 @@ from torch.testing._internal.common_optimizers import (
 )
 
 from trm_fast import BackendError
+from trm_fast._dispatch import unusable
 from trm_fast.optim import GrokFastAdamW
 
 Options = dict[str, Any]
@@ -48,6 +49,10 @@ IMPLEMENTATIONS: dict[str, Options] = {
 }
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# The reference computes with numbers in float64, but with tensors in their own dtype.
+needs_cpp = pytest.mark.skipif(
+    unusable("cpp", "cpu") is not None, reason="only a fused step takes numbers and tensors alike"
+)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
