@@ -87,7 +87,9 @@ class FilterSums:
         """Calls a kernel that walks memory by address; other orders of memory go through copies."""
         if self._table is None:
             self._table = self._make_table(grads)
-            self._grad_column = self._table.numpy()[:, COLUMNS.index("grad")]
+            columns = self._table.numpy().T
+            self._grad_column = columns[COLUMNS.index("grad")]
+            self._blocks = int((columns[COLUMNS.index("size")] // CHUNK + 1).sum())
         contiguous = self._contiguous and all(map(Tensor.is_contiguous, grads))
         if not contiguous or any(map(Tensor.is_neg, grads)):
             grads = list(map(in_order_of, grads, self.means or map(_dense, grads)))
@@ -116,8 +118,7 @@ class FilterSums:
         """Returns memory for the partial sums of a GPU; on a CPU there are few enough."""
         if self.device.type != "cuda":
             return None
-        blocks = int((self._table[:, COLUMNS.index("size")] // CHUNK + 1).sum())  # type: ignore[index]
-        return torch.empty((blocks, 3), dtype=torch.float64, device=self.device)
+        return torch.empty((self._blocks, 3), dtype=torch.float64, device=self.device)
 
 
 CHUNK = 4096  # elements that one block of a GPU adds up
