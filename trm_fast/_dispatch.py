@@ -129,7 +129,7 @@ class Choice:
     """The implementation that runs, and the reasons against those preferred to it."""
 
     backend: str
-    run: Callable[..., None]
+    run: Callable[..., Any]
     skipped: tuple[tuple[str, str], ...]
 
 
@@ -195,29 +195,44 @@ class Op:
         return unusable(backend, device_type) or self.refuses(backend, dtypes)
 
     def choose(
-        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None = None
+        self,
+        device_type: str,
+        dtypes: frozenset[torch.dtype],
+        named: str | None = None,
+        obstacles: tuple[tuple[str, str], ...] = (),
     ) -> Choice:
         """Returns the implementation for a call; ``named`` binds, else the process-wide name does.
+
+        Args:
+            device_type: where the tensors are.
+            dtypes: those that decide.
+            named: the backend that must run, or None.
+            obstacles: backends that this call rules out by its shapes, each with the reason.
 
         Raises:
             BackendError: the named backend cannot run the call, or strict mode met a fallback.
         """
-        key = (device_type, dtypes, named or _named)
+        key = (device_type, dtypes, named or _named, obstacles)
         if key not in self.choices:
             self.choices[key] = self._choose(*key)
         return self.choices[key]
 
     def _choose(
-        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None
+        self,
+        device_type: str,
+        dtypes: frozenset[torch.dtype],
+        named: str | None,
+        obstacles: tuple[tuple[str, str], ...],
     ) -> Choice:
+        ruled_out = dict(obstacles)
         if named is not None:
-            reason = self.reason(check_name(named), device_type, dtypes)
+            reason = self.reason(check_name(named), device_type, dtypes) or ruled_out.get(named)
             if reason:
                 raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
             return Choice(named, self._function(named), ())
         skipped: list[tuple[str, str]] = []
         for backend in self.order.get(device_type, ("reference",)):
-            reason = self.reason(backend, device_type, dtypes)
+            reason = self.reason(backend, device_type, dtypes) or ruled_out.get(backend)
             if reason is None:
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
@@ -227,12 +242,25 @@ class Op:
                 )
         raise BackendError(f"{self.name}: no implementation runs on {device_type}: {skipped}")
 
-    def _function(self, backend: str) -> Callable[..., None]:
+    def _function(self, backend: str) -> Callable[..., Any]:
         function = self.implementations[backend]
         if isinstance(function, str):
             module, _, attribute = function.partition(":")
             function = getattr(import_module(module), attribute)
         return function  # type: ignore[no-any-return]
+
+
+# The compiler calls this and takes the name as a constant, instead of tracing the search.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def chosen_backend(
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    named: str | None,
+    obstacles: tuple[tuple[str, str], ...] = (),
+) -> str:
+    """Returns the name of what ``Op.choose`` chooses, for ops that are called while compiling."""
+    return OPS[op].choose(device_type, frozenset({dtype}), named, obstacles).backend
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
@@ -265,7 +293,7 @@ def _states(op: Op, device_type: str) -> dict[str, str]:
 
 def _fallbacks(op: Op) -> dict[str, str]:
     found = {}
-    for (device_type, dtypes, _), choice in op.choices.items():
+    for (device_type, dtypes, *_), choice in op.choices.items():
         if choice.skipped:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
             reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.skipped)
