@@ -7,11 +7,11 @@ outside of Q, where it is not rounded; after more steps Q + a * I would cancel, 
 
 import triton
 import triton.language as tl
+from trm_fast.kernels._dot import dot
 from trm_fast.kernels._newton_schulz_tiles import (
     TINY,
     coefficients_of,
     divisor_of,
-    dot,
     find_matrix,
     indices,
     largest_of,

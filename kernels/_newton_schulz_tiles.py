@@ -5,22 +5,12 @@ pointers. Working copies are always n x m and padded with zeros to whole tiles, 
 themselves need masks.
 """
 
-import os
-
 import triton
 import triton.language as tl
+from trm_fast.kernels._dot import dot
 
-# The interpreter multiplies bfloat16 as if it were integers.
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 TINY: tl.constexpr = tl.constexpr(2.0**-126)  # what a matrix of zeros is divided by
 WIDTH: tl.constexpr = tl.constexpr(2)  # of a row of the table: address, elements between two rows
-
-
-@triton.jit
-def dot(left, right, total=None):
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
 
 
 @triton.jit
