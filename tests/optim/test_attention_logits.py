@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trm_fast.optim import attention_logits
+from trm_fast.ops import _attention_logits as attention_logits
 from trm_fast.optim.attention_logits import max_logits
 
 from .qk_checks import DIM, EPS, randn, true_max
