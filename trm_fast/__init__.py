@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 from trm_fast._version import __version__
 
 if TYPE_CHECKING:
+    from trm_fast import losses, nn, ops, optim
     from trm_fast._dispatch import use_backend
     from trm_fast._errors import BackendError
+    from trm_fast.nn import TinyRecursiveModel
     from trm_fast.ops import backends
     from trm_fast.ops.newton_schulz import newton_schulz
     from trm_fast.optim import (
@@ -32,10 +34,15 @@ __all__ = [
     "Muon",
     "QKClip",
     "SparseSignSGD",
+    "TinyRecursiveModel",
     "WeightEMA",
     "__version__",
     "backends",
+    "losses",
     "newton_schulz",
+    "nn",
+    "ops",
+    "optim",
     "use_backend",
 ]
 
@@ -44,8 +51,10 @@ _OPTIMIZERS = (
     "AdamATan2", "GradFilter", "GrokFastAdamW", "GrokFastSGD", "MuGrokfast", "Muon", "QKClip",
     "SparseSignSGD", "WeightEMA",
 )  # fmt: skip
+_MODULES = ("losses", "nn", "ops", "optim")
 _HOME = {
     "BackendError": "trm_fast._errors",
+    "TinyRecursiveModel": "trm_fast.nn",
     "backends": "trm_fast.ops",
     "newton_schulz": "trm_fast.ops",
     "use_backend": "trm_fast._dispatch",
@@ -54,6 +63,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"trm_fast.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'trm_fast' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ ORDER: Mapping[str, tuple[str, ...]] = {
 }
 
 OPS: dict[str, "Op"] = {}
+
+Result = TypeVar("Result", bound=Callable[..., Any])
 
 
 def check_name(name: str, argument: str = "backend") -> str:
@@ -184,6 +186,7 @@ class Op:
     examples: Callable[[tuple[int, ...], torch.dtype, torch.device], dict[str, Example]]
     order: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDER)
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -213,6 +216,12 @@ class Op:
             BackendError: the named backend cannot run the call, or strict mode met a fallback.
         """
         key = (device_type, dtypes, named or _named, obstacles)
+        if torch.compiler.is_compiling():
+            backend: str = _constant_choice(self.name, key)
+            return Choice(backend, self._function(backend), ())
+        return self._remembered(key)
+
+    def _remembered(self, key: tuple[Any, ...]) -> Choice:
         if key not in self.choices:
             self.choices[key] = self._choose(*key)
         return self.choices[key]
@@ -243,24 +252,28 @@ class Op:
         raise BackendError(f"{self.name}: no implementation runs on {device_type}: {skipped}")
 
     def _function(self, backend: str) -> Callable[..., Any]:
-        function = self.implementations[backend]
-        if isinstance(function, str):
-            module, _, attribute = function.partition(":")
-            function = getattr(import_module(module), attribute)
-        return function  # type: ignore[no-any-return]
+        if backend not in self.functions:
+            function = self.implementations[backend]
+            if isinstance(function, str):
+                module, _, attribute = function.partition(":")
+                function = getattr(import_module(module), attribute)
+            self.functions[backend] = function
+        return self.functions[backend]
 
 
-# The compiler calls this and takes the name as a constant, instead of tracing the search.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def chosen_backend(
-    op: str,
-    device_type: str,
-    dtype: torch.dtype,
-    named: str | None,
-    obstacles: tuple[tuple[str, str], ...] = (),
-) -> str:
-    """Returns the name of what ``Op.choose`` chooses, for ops that are called while compiling."""
-    return OPS[op].choose(device_type, frozenset({dtype}), named, obstacles).backend
+def constant_result(function: Result) -> Result:
+    """Marks a function whose result the compiler takes as a constant.
+
+    ``torch.compiler.assume_constant_result`` sets this mark too, but first imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# If the compiler looked at the table of choices, it would trace anew whenever that grows.
+@constant_result
+def _constant_choice(op: str, key: tuple[Any, ...]) -> str:
+    return OPS[op]._remembered(key).backend
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:

@@ -12,9 +12,13 @@
 
 #include <cstdint>
 
+#include "common/transpose.h"
+
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")))
 
 namespace newton_schulz {
+
+using trm_fast::transpose;
 
 constexpr int64_t kSide = 16;  // of a block: the lanes of a register
 constexpr int64_t kBlockWords = kSide * kSide / 2;
@@ -29,35 +33,6 @@ struct Panels {
 };
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// Lanes for one stage of a transposition: lane c of the lower row takes lane c, or lane c - step of the upper row.
-struct Stage {
-  alignas(64) int32_t lower[kSide], upper[kSide];
-
-  constexpr explicit Stage(int step) : lower(), upper() {
-    for (int c = 0; c < kSide; ++c) {
-      lower[c] = c & step ? kSide + c - step : c;
-      upper[c] = c & step ? kSide + c : c + step;
-    }
-  }
-};
-constexpr Stage kStages[] = {Stage(1), Stage(2), Stage(4), Stage(8)};
-
-// Transposes squares of kRows x kRows words, which stand side by side in kRows registers.
-template <int kRows>
-AVX512_BF16 inline void transpose(__m512i (&rows)[kRows]) {
-#pragma GCC unroll 4
-  for (int s = 0; (1 << s) < kRows; ++s) {
-    const __m512i lower = _mm512_load_si512(kStages[s].lower), upper = _mm512_load_si512(kStages[s].upper);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      if (r & (1 << s)) continue;
-      const __m512i a = rows[r], b = rows[r + (1 << s)];
-      rows[r] = _mm512_permutex2var_epi32(a, lower, b);
-      rows[r + (1 << s)] = _mm512_permutex2var_epi32(a, upper, b);
-    }
-  }
-}
 
 AVX512_BF16 inline __m512i two_rows(__m512 lower, __m512 upper) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(upper, lower));

@@ -1,0 +1,326 @@
+// The meaning is in trm_fast/ops/vector_latent_update.py.
+//
+// Depth first: a thread takes a block of rows through all updates, so that states and activations stay in its caches,
+// and back through those with gradient. On the way back it leaves both sides of the products that give the gradients of
+// weights; then all threads share these, over the rows of all steps at once. Large batches do so chunk by chunk.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+using torch::stable::Tensor;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include "vector_latent_update/weight_products.h"
+
+namespace {
+using namespace vector_latent_update;
+
+constexpr int64_t kChunk = 512;     // rows that share the products of weights
+constexpr int64_t kBlock = 32;      // most rows of a block: more would leave the second-level cache
+constexpr int64_t kLeastBlock = 4;  // least: fewer would not hide the latency of a multiply-add
+constexpr int64_t kVectors = 8;     // gradients of both networks that are sums over rows
+
+int64_t even(int64_t rows) { return rows + rows % 2; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The batch in chunks, and a chunk in blocks, about as many for each thread. All but the last are equal and even. What
+// is saved depends on the chunks alone, so the number of threads may change before the backward pass.
+struct Division {
+  int64_t batch, chunk, block;
+
+  explicit Division(int64_t rows) : batch(rows) {
+    const int64_t threads = torch::stable::get_num_threads();
+    chunk = std::max<int64_t>(2, even(ceil_div(rows, std::max<int64_t>(1, ceil_div(rows, kChunk)))));
+    const int64_t blocks = threads * ceil_div(chunk, threads * kBlock);
+    block = std::max(kLeastBlock, even(ceil_div(chunk, blocks)));
+  }
+
+  int64_t chunks() const { return ceil_div(batch, chunk); }
+  int64_t rows(int64_t number) const { return std::min(chunk, batch - number * chunk); }
+  int64_t blocks() const { return ceil_div(chunk, block); }
+};
+
+struct Call {
+  Counts counts;
+  Given z, y;
+  Tensor states, kept, scales;
+};
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
+
+template <class E>
+typename E::Stored* stored(const Tensor& t) {
+  return static_cast<typename E::Stored*>(t.data_ptr());
+}
+
+Call call_of(int64_t hidden, const std::vector<Tensor>& w, const std::vector<double>& scales, int64_t steps,
+             int64_t grad_rounds, const Tensor& states, const Tensor& kept, const Tensor& norms) {
+  Counts counts{hidden, static_cast<int64_t>(scales.size()), steps, grad_rounds, {scales.begin(), scales.end()}};
+  const auto given = [&](int64_t first, int64_t parts) {
+    return Given{parts,
+                 floats(w[first]),
+                 floats(w[first + 1]),
+                 floats(w[first + 2]),
+                 floats(w[first + 3]),
+                 floats(w[first + 4]),
+                 floats(w[first + 5])};
+  };
+  return {counts, given(0, 3), given(6, 2), states, kept, norms};
+}
+
+// What one chunk saves, whose first row is `first`.
+template <class E>
+Saved<E> saved_of(const Call& call, int64_t first, int64_t count) {
+  const Counts& c = call.counts;
+  const int64_t rows = even(count), size = rows * c.hidden, row = c.updates() * c.hidden;
+  const auto slots = [&](typename E::Stored* place, int64_t number) {
+    return Slots<E>{{reinterpret_cast<uint32_t*>(place), number * rows / E::kUnit}, rows};
+  };
+  auto* states = stored<E>(call.states) + first * c.states() * c.hidden;
+  Saved<E> saved{slots(states, c.grad_rounds),
+                 slots(states + c.grad_rounds * size, c.grad_steps() + 1),
+                 {},
+                 {},
+                 nullptr,
+                 nullptr,
+                 nullptr};
+  saved.act_z.rows = saved.act_y.rows = rows;
+  if (call.kept.numel() == 0) return saved;
+  auto* kept = stored<E>(call.kept) + first * 3 * row;
+  saved.act_z = slots(kept, c.grad_steps());
+  saved.act_y = slots(kept + c.grad_steps() * size, c.grad_rounds);
+  saved.slope = kept + rows * row;
+  saved.normed = saved.slope + rows * row;
+  saved.scales = static_cast<float*>(call.scales.data_ptr()) + first * c.updates();
+  return saved;
+}
+
+// Calls task(i) for all i, whichever thread is free next.
+template <class Task>
+void share(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = next++; i < count; i = next++) task(thread, i);
+    }
+  });
+}
+
+// One block of memory for a call; `lay_out` takes its parts, once to count and once for good.
+class Memory {
+ public:
+  template <class LayOut>
+  explicit Memory(const LayOut& lay_out) {
+    Arena counting;
+    lay_out(counting);
+    memory_ = torch::stable::empty({counting.bytes() + 64}, torch::headeronly::ScalarType::Byte);
+    const uintptr_t place = (reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64;
+    Arena arena(reinterpret_cast<void*>(place));
+    lay_out(arena);
+  }
+
+ private:
+  Tensor memory_;
+};
+
+template <class E>
+void pack(const std::vector<Packing>& packings) {
+  share(packings.size(), [&](int64_t, int64_t i) {
+    packings[i].transposed ? pack_transposed<E>(packings[i]) : pack_straight<E>(packings[i]);
+  });
+}
+
+template <class E>
+std::vector<Scratch<E>> take_scratch(const Division& division, int64_t hidden, bool backward, Arena& arena) {
+  std::vector<Scratch<E>> all;
+  const int64_t threads = torch::stable::get_num_threads();
+  for (int64_t i = 0; i < threads; ++i) all.emplace_back(division.block, hidden, backward, arena);
+  return all;
+}
+
+template <class E>
+void forward(const Call& call, const Tensor& x, const Tensor& y, const Tensor& z) {
+  const Division division(x.size(0));
+  const int64_t h = call.counts.hidden;
+  NetPair nets;
+  std::vector<Packing> packings;
+  std::vector<Scratch<E>> scratch;
+  const Memory memory([&](Arena& arena) {
+    packings.clear();
+    nets = {lay_out_net<E>(call.z, h, true, false, arena, packings),
+            lay_out_net<E>(call.y, h, true, false, arena, packings)};
+    scratch = take_scratch<E>(division, h, false, arena);
+  });
+  pack<E>(packings);
+  share(division.chunks() * division.blocks(), [&](int64_t thread, int64_t i) {
+    const int64_t chunk = i / division.blocks(), row = i % division.blocks() * division.block;
+    const int64_t first = chunk * division.chunk, count = std::min(division.block, division.rows(chunk) - row);
+    if (count <= 0) return;
+    const Saved<E> saved = saved_of<E>(call, first, division.rows(chunk));
+    const int64_t place = (first + row) * h;
+    Block<E>(call.counts, nets, scratch[thread], row, count)
+        .forward(stored<E>(x) + place, stored<E>(y) + place, stored<E>(z) + place, &saved);
+  });
+}
+
+template <class E>
+class Backward {
+ public:
+  Backward(const Call& call, const Tensor& x, const Tensor& dx, const Tensor& dy, const Tensor& dz,
+           const std::vector<Tensor>& gradients)
+      : call_(call),
+        division_(x.size(0)),
+        x_(stored<E>(x)),
+        d_{stored<E>(dx), stored<E>(dy), stored<E>(dz)},
+        gradients_(gradients),
+        memory_([this](Arena& arena) { lay_out(arena); }) {}
+
+  void run() {
+    pack<E>(packings_);
+    for (int64_t chunk = 0; chunk < division_.chunks(); ++chunk) run_chunk(chunk);
+    if (division_.chunks() > 0) return;
+    for (const Tensor& gradient : gradients_) std::fill_n(place(gradient), gradient.numel(), 0.0f);
+  }
+
+ private:
+  static float* place(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+
+  void lay_out(Arena& arena) {
+    const Counts& c = call_.counts;
+    const int64_t h = c.hidden, rows = division_.chunk, rounds = c.grad_rounds, steps = c.grad_steps();
+    const bool recompute = call_.kept.numel() == 0;
+    const auto slots = [&](int64_t count) { return Slots<E>::take(count, rows, h, arena); };
+    packings_.clear();
+    nets_ = {lay_out_net<E>(call_.z, h, recompute, true, arena, packings_),
+             lay_out_net<E>(call_.y, h, recompute, true, arena, packings_)};
+    scratch_ = take_scratch<E>(division_, h, true, arena);
+    operands_ = {slots(1), slots(1), slots(rounds), slots(steps), slots(rounds), slots(steps), slots(rounds)};
+    if (recompute) act_z_ = slots(steps), act_y_ = slots(rounds);
+    sums_ = arena.take<float>(division_.blocks() * kVectors * h);
+  }
+
+  // The panels of a last, shorter chunk lie closer together.
+  Slots<E> fitted(const Slots<E>& slots, int64_t rows) const {
+    return {{slots.panels.words, slots.panels.units * rows / slots.rows}, rows};
+  }
+
+  void run_chunk(int64_t chunk) {
+    const int64_t first = chunk * division_.chunk, count = division_.rows(chunk), rows = even(count);
+    Saved<E> saved = saved_of<E>(call_, first, count);
+    if (!saved.has_insides()) saved.act_z = fitted(act_z_, rows), saved.act_y = fitted(act_y_, rows);
+    const Operands<E>& o = operands_;
+    const Operands<E> operands{fitted(o.x, rows),        fitted(o.total, rows),    fitted(o.round, rows),
+                               fitted(o.hidden_z, rows), fitted(o.hidden_y, rows), fitted(o.out_z, rows),
+                               fitted(o.out_y, rows)};
+    const int64_t h = call_.counts.hidden, blocks = ceil_div(count, division_.block);
+    share(blocks, [&](int64_t thread, int64_t i) {
+      const int64_t row = i * division_.block, at = (first + row) * h;
+      float* sums = sums_ + i * kVectors * h;
+      std::fill_n(sums, kVectors * h, 0.0f);
+      Block<E>(call_.counts, nets_, scratch_[thread], row, std::min(division_.block, count - row))
+          .backward(x_ + at, d_[0] + at, d_[1] + at, d_[2] + at, saved, operands, vector_sums(sums),
+                    vector_sums(sums + 4 * h));
+    });
+    const auto products = weight_products<E>(call_.counts, saved, operands, gradients_of(0), gradients_of(6));
+    const int64_t panels = ceil_div(h / kPanel, kLeftPanels);
+    share(products.size() * panels, [&](int64_t, int64_t i) {
+      multiply_pieces<E>(products[i / panels], i % panels * kLeftPanels, h, chunk > 0);
+    });
+    add_vectors(blocks, chunk > 0);
+  }
+
+  VectorSums vector_sums(float* sums) const {
+    const int64_t h = call_.counts.hidden;
+    return {sums, sums + h, sums + 2 * h, sums + 3 * h};
+  }
+
+  Gradients gradients_of(int64_t first) const {
+    float* all[6];
+    for (int i = 0; i < 6; ++i) all[i] = place(gradients_[first + i]);
+    return {all[0], all[1], all[2], all[3], all[4], all[5]};
+  }
+
+  // In the order of blocks, whichever thread had them.
+  void add_vectors(int64_t blocks, bool add) const {
+    const int64_t h = call_.counts.hidden;
+    const Gradients z = gradients_of(0), y = gradients_of(6);
+    float* out[kVectors] = {z.in_bias, z.out_bias, z.gain, z.shift, y.in_bias, y.out_bias, y.gain, y.shift};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      if (!add) std::fill_n(out[v], h, 0.0f);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const float* from = sums_ + (block * kVectors + v) * h;
+        for (int64_t i = 0; i < h; ++i) out[v][i] += from[i];
+      }
+    }
+  }
+
+  const Call& call_;
+  const Division division_;
+  const typename E::Stored* x_;
+  typename E::Stored* d_[3];  // gradients of x, y and z
+  const std::vector<Tensor>& gradients_;
+  NetPair nets_;
+  std::vector<Packing> packings_;
+  std::vector<Scratch<E>> scratch_;
+  Operands<E> operands_;
+  Slots<E> act_z_, act_y_;
+  float* sums_;          // [blocks, kVectors, hidden]
+  const Memory memory_;  // last: it gives all of these their places
+};
+
+bool ready(bool bfloat16) {
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 && (!bfloat16 || __builtin_cpu_supports("avx512bf16"));
+}
+
+bool is_bfloat16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
+
+void check(const Tensor& x) {
+  STD_TORCH_CHECK(ready(is_bfloat16(x)),
+                  "vector_latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
+  STD_TORCH_CHECK(x.size(1) % kPanel == 0, "vector_latent_update: needs a hidden size in multiples of 32");
+}
+
+void vector_latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, std::vector<double> scales,
+                                  int64_t steps, int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms) {
+  check(x);
+  const Call call = call_of(x.size(1), weights, scales, steps, grad_rounds, states, kept, norms);
+  is_bfloat16(x) ? forward<BFloat16>(call, x, y, z) : forward<Float32>(call, x, y, z);
+}
+
+void vector_latent_update_backward(Tensor x, std::vector<Tensor> weights, std::vector<double> scales, int64_t steps,
+                                   int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms, Tensor dx, Tensor dy,
+                                   Tensor dz, std::vector<Tensor> gradients) {
+  check(x);
+  const Call call = call_of(x.size(1), weights, scales, steps, grad_rounds, states, kept, norms);
+  if (is_bfloat16(x)) {
+    Backward<BFloat16>(call, x, dx, dy, dz, gradients).run();
+  } else {
+    Backward<Float32>(call, x, dx, dy, dz, gradients).run();
+  }
+}
+
+}  // namespace
+#else
+namespace {
+bool ready(bool) { return false; }
+void vector_latent_update_forward(Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<double>, int64_t, int64_t,
+                                  Tensor, Tensor, Tensor) {
+  STD_TORCH_CHECK(false, "vector_latent_update: needs a CPU with AVX-512");
+}
+void vector_latent_update_backward(Tensor, std::vector<Tensor>, std::vector<double>, int64_t, int64_t, Tensor, Tensor,
+                                   Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>) {
+  STD_TORCH_CHECK(false, "vector_latent_update: needs a CPU with AVX-512");
+}
+}  // namespace
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(trm_fast, CPU, m) {
+  m.impl("vector_latent_update_forward_", TORCH_BOX(&vector_latent_update_forward));
+  m.impl("vector_latent_update_backward_", TORCH_BOX(&vector_latent_update_backward));
+}
+STABLE_TORCH_LIBRARY_IMPL(trm_fast, CompositeExplicitAutograd, m) {
+  m.impl("vector_latent_update_cpu_ready", TORCH_BOX(&ready));
+}
