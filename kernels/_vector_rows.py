@@ -11,6 +11,7 @@ forward products.
 
 import triton
 import triton.language as tl
+from trm_fast.kernels._dot import dot
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def product(left_ptr, i, rows, weight_ptr, H: tl.constexpr, BLOCK_K: tl.constexp
         right = tl.load(weight_ptr + (k[:, None] * H + j[None, :]))
         weight_ptr += BLOCK_K * H
         left_ptr += BLOCK_K
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = dot(left, right, total)
     return total
 
 

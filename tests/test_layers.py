@@ -176,7 +176,8 @@ def places(op: str) -> list[Path]:
         "cuda": f"csrc/{op}/cuda.cu",
         "triton": f"kernels/{op}.py",
     }
-    found += [place for backend, place in where.items() if backend in OPS[op].implementations]
+    own = OPS[op].implementations.keys() - {*OPS[op].composed}
+    found += [place for backend, place in where.items() if backend in own]
     return [ROOT / place for place in found]
 
 

@@ -178,6 +178,7 @@ class Op:
             None.
         examples: ``(shape, dtype, device)`` to named ``Example`` calls.
         order: device type to backends, fastest first.
+        composed: backends on which the op calls other ops, and has no kernel of its own.
     """
 
     name: str
@@ -185,6 +186,7 @@ class Op:
     refuses: Callable[[str, frozenset[torch.dtype]], str | None]
     examples: Callable[[tuple[int, ...], torch.dtype, torch.device], dict[str, Example]]
     order: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDER)
+    composed: tuple[str, ...] = ()
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 

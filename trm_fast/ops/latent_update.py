@@ -473,14 +473,19 @@ for _name in ("latent_update_forward_", "latent_update_backward_"):
 def _examples(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Example]:
-    """``shape`` is [batch, length, width], or its end; width is filled up to a multiple of 32.
+    """``shape`` is [batch, length, width], or its end, of which little is taken: the operators have
+    examples of their own.
 
-    The norm over one token or two leaves hardly more than a sign, so there are three at least.
+    Width is filled up to a multiple of 32. The norm over one token or two leaves hardly more than a
+    sign, so there are three at least.
     """
-    batch, length, width = (2, 7, 32, *shape)[-3:] if len(shape) < 3 else shape[-3:]
+    batch, length, width = shape[-3:] if len(shape) >= 3 else (2, 7, 32)
+    if 0 < len(shape) < 3:
+        length, width = min(shape[0], 9), min(shape[-1], 64)
     width = max(32, (width + 31) // 32 * 32)
+    layers = 2 if len(shape) >= 3 else 1
     return {
-        mixer: _example((batch, max(3, length), width), mixer, dtype, device)
+        mixer: _example((batch, max(3, length), width), mixer, layers, dtype, device)
         for mixer in ("mlp_t", "attention")
     }
 
@@ -499,12 +504,13 @@ def _draw_weights(
 def _example(
     shape: tuple[int, int, int],
     mixer: Literal["mlp_t", "attention"],
+    layers: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Example:
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(shape, generator=generator) for _ in range(5)]
-    drawn = [*states, *_draw_weights(mixer, shape[1], shape[2], 2, generator)]
+    drawn = [*states, *_draw_weights(mixer, shape[1], shape[2], layers, generator)]
     tensors = [tensor.to(device, dtype) for tensor in drawn]
     network = Network(mixer, heads=1 if shape[2] % 64 else 2)
 
@@ -525,7 +531,7 @@ def _example(
 
         return call, written
 
-    # Four layers, each with about six roundings and sums of up to thousands of terms in float32. A
+    # Up to four layers, each with about six roundings and sums of thousands of terms in float32. A
     # layer may enlarge what comes in: h + F(h), divided by a root mean square of about 1, by 2.
     eps = 6 * torch.finfo(dtype).eps + 64 * torch.finfo(torch.float32).eps
     tolerance = sum(2.0**later for later in range(4)) * eps
@@ -542,4 +548,5 @@ _op = Op(
     refuses=_refuses,
     examples=_examples,
     order={"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")},
+    composed=("triton",),
 )

@@ -175,7 +175,7 @@ def _examples(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Example]:
     shape = shape or (1,)
-    width, inner = shape[-1], 3 * max(1, shape[-1])
+    width, inner = shape[-1], min(3 * max(1, shape[-1]), 200)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
