@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trm_fast.ops._recurse import Cell, recurse
@@ -112,7 +113,7 @@ class Recursion(nn.Module):
             grad_cycles=self.grad_cycles,
             y_every_step=self.y_every_step,
             detach=self.detach,
-            recompute=self.recompute,
+            recompute=self.recompute and self._has_gradients(x, y, z),
             preserve_rng_state=not self._draws_nothing(),
             tap=None if self.taps is None else self._tap,
         )
@@ -144,6 +145,12 @@ class Recursion(nn.Module):
         else:
             cell = _OneNet(self.net, context)
         return cell if self.step_scale is None else _Scaled(cell, self.step_scale)
+
+    def _has_gradients(self, *inputs: Tensor) -> bool:
+        # The compiler cannot trace a recomputation that nothing asks for; else it costs nothing.
+        if not torch.compiler.is_compiling():
+            return True
+        return any(tensor.requires_grad for tensor in (*inputs, *self.parameters()))
 
     def _draws_nothing(self) -> bool:
         nets = (self.net,) if self.net_y is None else (self.net, self.net_y)
