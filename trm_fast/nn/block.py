@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from trm_fast.nn._hooks import is_hooked
 from trm_fast.nn._init import check_sizes
 from trm_fast.nn.attention import Attention
 from trm_fast.nn.norm import RMSNorm
@@ -214,7 +215,7 @@ class Blocks(nn.Module):
     def _network(self) -> Network | None:
         """The blocks as the op knows them, or None."""
         found = {_as_network(block) for block in self._stack()}
-        if not self.draws_nothing or any(_is_hooked(module) for module in self.modules()):
+        if not self.draws_nothing or any(is_hooked(module) for module in self.modules()):
             return None
         return found.pop() if len(found) == 1 else None
 
@@ -238,16 +239,6 @@ def _as_network(block: Block) -> Network | None:
     if special or mix.head_dim % 2 or (mix.report is not None and mix.training):
         return None
     return Network("attention", heads=mix.heads, theta=mix.theta, eps=eps)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether someone waits for calls of a module, which the op does not make."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _alike(x: Tensor, y: Tensor, z: Tensor) -> bool:

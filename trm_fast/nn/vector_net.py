@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
+from trm_fast.nn._hooks import is_hooked
 from trm_fast.ops import vector_latent_update
 
 Scale = Sequence[float] | Tensor | Callable[[int], float | Tensor]
@@ -129,7 +130,7 @@ class VectorNet(nn.Module):
     def _is_plain(self) -> bool:
         layers = list(self.children())
         kinds = [nn.Linear, nn.Linear, nn.LayerNorm] * 2
-        return [type(layer) for layer in layers] == kinds and not any(map(_is_hooked, layers))
+        return [type(layer) for layer in layers] == kinds and not any(map(is_hooked, layers))
 
 
 def _numbers(scale: Scale | None, T: int) -> list[float] | None:
@@ -138,13 +139,3 @@ def _numbers(scale: Scale | None, T: int) -> list[float] | None:
         return None
     found = [scale(level) for level in range(T)] if callable(scale) else list(scale)
     return found if all(isinstance(s, Real) for s in found) else None  # type: ignore[return-value]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
