@@ -207,13 +207,16 @@ def errors(found: Tensor, true: Tensor) -> tuple[float, float]:
     return found_norms[0] / scales[0], found_norms[1] / scales[1]
 
 
-def assert_as_good_as_plain(inputs: Inputs, case: Case, backend: str | None, **options) -> None:
+def assert_as_good_as_plain(
+    inputs: Inputs, case: Case, backend: str | None, shakes: int = 1, **options
+) -> None:
     """A recursion enlarges the error of each rounding for all who round, so the measure is plain
     torch: twice its error in the Euclidean norm, three times for gradients, and twice that for the
     largest error, which one element decides. Plain torch may be lucky, so what an eps, two
-    roundings, in each input makes of the truth counts as its error too; an eps is always free."""
+    roundings, in each input makes of the truth counts as its error too, and as that of ``shakes``
+    independent ones; an eps is always free."""
     found, expected = run(inputs, case, backend, **options), truth(inputs, case)
-    theirs, moved = plain(inputs, case), truth(shaken(inputs), case)
+    theirs, moved = plain(inputs, case), truth(shaken(inputs, shakes), case)
     assert found.keys() == expected.keys()
     for name, true in expected.items():
         stored = inputs.weights[0].dtype if name.startswith("weights") else inputs.x.dtype
@@ -222,10 +225,10 @@ def assert_as_good_as_plain(inputs: Inputs, case: Case, backend: str | None, **o
         assert_near(found[name], others, true, factor, name)
 
 
-def shaken(inputs: Inputs) -> Inputs:
-    """The inputs in float64, each element off by up to an eps of the dtype of x."""
+def shaken(inputs: Inputs, shakes: int) -> Inputs:
+    """The inputs in float64, each element off by up to an eps of the dtype of x, so many times."""
     generator = torch.Generator().manual_seed(1)
-    eps = torch.finfo(inputs.x.dtype).eps
+    eps = torch.finfo(inputs.x.dtype).eps * shakes**0.5
 
     def shake(tensor: Tensor) -> Tensor:
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 2 - 1

@@ -64,7 +64,9 @@ def test_states_and_gradients_are_those_of_the_formula(backend, case, dtype):
 def test_triton_keeps_to_the_formula(case):
     skip_unless_runs("triton")
     inputs = make(case, device=device_of("triton"))
-    assert_as_good_as_plain(inputs, case, "triton")
+    # The interpreter's products depend on the BLAS of the machine: each layer rounds as it likes.
+    layers = case.T * (case.n + 1) * case.layers
+    assert_as_good_as_plain(inputs, case, "triton", shakes=layers)
 
 
 @pytest.mark.parametrize("case", [MLP[0], ATTENTION[0], *BOTH], ids=str)
