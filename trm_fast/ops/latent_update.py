@@ -20,8 +20,7 @@ and each call adds to the gradients of all weights.
 
 With ``recompute`` the forward pass keeps the inputs of the network's calls (reference), or those
 of its layers and one scale per token (cpp), and the rest is computed once more. For width D, inner
-width I, that is n + 3 or 2 + layers (n + 1) tensors of length x D per sample and cycle, where
-plain torch keeps about 100 layers' worth of D and I.
+width I, that is n + 3 or 2 + layers (n + 1) tensors of length x D per sample and cycle.
 
 Work for L tokens and one layer, in multiply-adds: 3 L D I, plus 3 D L Im for mlp_t, or
 4 L D^2 + 2 L^2 D for attention. A cycle has n + 1 calls; the backward pass of one costs twice a
