@@ -20,7 +20,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile
 
 demo: build ## train on real data and show the result, in runs/demo
-	$(BIN)/trm-fast train grokking --out runs/demo --overwrite true
+	$(BIN)/trm-fast train sudoku --out runs/demo --overwrite
+	$(BIN)/trm-fast report runs/demo --html
 
 # One thread per process: the tensors of the tests are too small to share.
 test: lint build ## check style and types, then run the whole test suite
@@ -50,9 +51,9 @@ $(INSTALLED): pyproject.toml | .venv/bin/python
 	rm -f .venv/installed-*
 	$(PIP_INSTALL) "setuptools>=77" ninja "pybind11>=2.13"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP_INSTALL) "$(TRITON); sys_platform == 'linux'"
-	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e ".[dev,train,report]"
+	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 TRM_FAST_DATA=0 $(PIP_INSTALL) --no-build-isolation -e ".[dev,train,report,data,track]"
 	touch $@
 
 $(INSTALLED_BENCH): $(INSTALLED)
-	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 $(PIP_INSTALL) --no-build-isolation -e ".[bench]"
+	TRM_FAST_CPU=0 TRM_FAST_CUDA=0 TRM_FAST_DATA=0 $(PIP_INSTALL) --no-build-isolation -e ".[bench]"
 	touch $@

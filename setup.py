@@ -1,12 +1,14 @@
 """Builds the native libraries; pyproject.toml says everything else about the package.
 
-    trm_fast/_cpu.so    from csrc/*/cpu.cpp    switch TRM_FAST_CPU
-    trm_fast/_cuda.so   from csrc/*/cuda.cu    switch TRM_FAST_CUDA
+    trm_fast/_cpu.so      from csrc/*/cpu.cpp          switch TRM_FAST_CPU
+    trm_fast/_cuda.so     from csrc/*/cuda.cu          switch TRM_FAST_CUDA
+    trm_fast/_data.*.so   from csrc/data/module.cpp    switch TRM_FAST_DATA
 
-A switch is 0 (leave out), 1 (build or stop) or auto (the default: build where possible). Both
-libraries use the stable ABI of libtorch 2.11 and nothing of Python, so one build serves every
+A switch is 0 (leave out), 1 (build or stop) or auto (the default: build where possible). The first
+two use the stable ABI of libtorch 2.11 and nothing of Python, so one build serves every
 Python and every later torch, which for _cuda.so must have the same CUDA major version. CUDA code
-compiles without a GPU, and under a torch without CUDA.
+compiles without a GPU, and under a torch without CUDA. _data is a module of Python, made with
+pybind11, and uses nothing of torch: a wheel with it serves one version of Python, as its name says.
 """
 
 import os
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +39,7 @@ CXX_FLAGS = [
     STABLE_ABI,
     # No -fopenmp: threads come from torch, and a second OpenMP runtime can hang the process.
 ]
+DATA_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"]
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -63,13 +67,21 @@ def is_wanted(switch: str, obstacle: Callable[[], str | None]) -> bool:
     return reason is None
 
 
-def cpu_obstacle() -> str | None:
+def compiler_obstacle() -> str | None:
     if sys.platform == "win32":
-        return "the C++ library does not build on Windows"
+        return "the C++ libraries do not build on Windows"
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if not shutil.which(compiler):
-        return f"no C++ compiler {compiler}; install g++ or set CXX"
-    return None if glob("csrc/*/cpu.cpp") else "there is no csrc/*/cpu.cpp"
+    return None if shutil.which(compiler) else f"no C++ compiler {compiler}; install g++ or set CXX"
+
+
+def cpu_obstacle() -> str | None:
+    missing = None if glob("csrc/*/cpu.cpp") else "there is no csrc/*/cpu.cpp"
+    return compiler_obstacle() or missing
+
+
+def data_obstacle() -> str | None:
+    missing = None if find_spec("pybind11") else "no pybind11; run: pip install pybind11"
+    return compiler_obstacle() or missing
 
 
 def cuda_obstacle() -> str | None:
@@ -149,11 +161,27 @@ def cuda_library() -> Extension:
     )
 
 
+def data_library() -> Extension:
+    import pybind11
+
+    return Extension(
+        "trm_fast._data",
+        ["csrc/data/module.cpp"],
+        include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+        depends=glob("csrc/data/*.h"),
+        extra_compile_args=DATA_FLAGS,
+        extra_link_args=["-pthread"],
+        language="c++",
+    )
+
+
 def build_command() -> type[Command]:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
         def get_ext_filename(self, fullname: str) -> str:
+            if fullname.endswith("_data"):
+                return super().get_ext_filename(fullname)
             return fullname.replace(".", os.sep) + ".so"
 
         def build_extensions(self) -> None:
@@ -185,8 +213,10 @@ class Wheel(bdist_wheel):
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        # No library is tied to a Python version.
-        return ("py3", "none", super().get_tag()[2])
+        # Only the module is tied to a version of Python.
+        tag = super().get_tag()
+        names = [library.name for library in self.distribution.ext_modules or ()]
+        return tag if "trm_fast._data" in names else ("py3", "none", tag[2])
 
 
 def main() -> None:
@@ -195,8 +225,10 @@ def main() -> None:
         libraries.append(cpu_library())
     if is_wanted("TRM_FAST_CUDA", cuda_obstacle):
         libraries.append(cuda_library())
-    # Without libraries nothing imports torch, so an isolated build on a bare Python works.
+    # Without these libraries nothing imports torch, so an isolated build on a bare Python works.
     commands = {"build_ext": build_command()} if libraries else {}
+    if is_wanted("TRM_FAST_DATA", data_obstacle):
+        libraries.append(data_library())
     setup(ext_modules=libraries, cmdclass={"bdist_wheel": Wheel, **commands})
 
 

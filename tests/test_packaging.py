@@ -13,10 +13,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCES = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
 HAS_NVCC = bool(shutil.which("nvcc")) or Path("/usr/local/cuda/bin/nvcc").exists()
+DATA = f"_data{sysconfig.get_config_var('EXT_SUFFIX')}"
 LIBRARIES = [
     "_cpu.so",
     pytest.param("_cuda.so", marks=pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")),
@@ -35,7 +37,8 @@ def run_python(
 ) -> subprocess.CompletedProcess:
     # ninja lies beside the interpreter, which need not be on PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "TRM_FAST_CPU": "0", "TRM_FAST_CUDA": "0", **variables}
+    off = {"TRM_FAST_CPU": "0", "TRM_FAST_CUDA": "0", "TRM_FAST_DATA": "0"}
+    env = {**os.environ, "PATH": path, **off, **variables}
     if "TORCH_CUDA_ARCH_LIST" not in variables:
         env.pop("TORCH_CUDA_ARCH_LIST", None)
     command = [sys.executable, *arguments]
@@ -92,7 +95,7 @@ def wheel(sdist: Path) -> Path:
     target = sdist.with_name("wheels")
     cuda = "1" if HAS_NVCC else "0"
     command = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", target, "."]
-    done = run_python(source, *command, TRM_FAST_CPU="1", TRM_FAST_CUDA=cuda)
+    done = run_python(source, *command, TRM_FAST_CPU="1", TRM_FAST_CUDA=cuda, TRM_FAST_DATA="1")
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = target.glob("*.whl")
     return archive
@@ -143,9 +146,9 @@ def test_sdist_has_nothing_built(sdist: Path) -> None:
 
 
 def test_wheel_has_the_package_and_nothing_else(checkout: Path, unpacked: Path) -> None:
-    libraries = {"trm_fast/_cpu.so"} | ({"trm_fast/_cuda.so"} if HAS_NVCC else set())
+    libraries = {"_cpu.so", DATA} | ({"_cuda.so"} if HAS_NVCC else set())
     found = {name for name in files_below(unpacked) if ".dist-info/" not in name}
-    assert found == package_files(checkout) | libraries
+    assert found == package_files(checkout) | {f"trm_fast/{library}" for library in libraries}
 
 
 def test_wheel_has_licence_and_command(unpacked: Path) -> None:
@@ -160,9 +163,23 @@ def test_wheel_requires_only_torch_and_numpy(unpacked: Path) -> None:
     assert sorted(required) == ["numpy", "torch>=2.11"]
 
 
-def test_wheel_serves_every_python(wheel: Path) -> None:
+def test_wheel_with_the_module_serves_one_python(wheel: Path) -> None:
     platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
-    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    python = "cp{}{}".format(*sys.version_info)
+    assert wheel.name.endswith(f"-{python}-{python}-{platform}.whl")
+
+
+@pytest.mark.parametrize(
+    ("names", "serves_every_python"),
+    [(["_cpu"], True), (["_cpu", "_cuda"], True), (["_data"], False), (["_cpu", "_data"], False)],
+)
+def test_wheel_without_the_module_serves_every_python(
+    setup_script: ModuleType, names: list[str], serves_every_python: bool
+) -> None:
+    libraries = [Extension(f"trm_fast.{name}", []) for name in names]
+    command = setup_script.Wheel(Distribution({"name": "trm-fast", "ext_modules": libraries}))
+    command.ensure_finalized()
+    assert (command.get_tag()[:2] == ("py3", "none")) is serves_every_python
 
 
 def test_wheel_imports_without_the_checkout(unpacked: Path) -> None:
@@ -171,13 +188,24 @@ def test_wheel_imports_without_the_checkout(unpacked: Path) -> None:
     assert done.stdout.strip() == str(unpacked / "trm_fast/kernels/__init__.py"), done.stderr
 
 
+def needed_by(library: Path) -> set[str]:
+    text = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    return set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", text.stdout))
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_library_needs_only_stable_libraries(unpacked: Path, library: str) -> None:
-    command = ["readelf", "-d", unpacked / "trm_fast" / library]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    needed = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", text))
+    needed = needed_by(unpacked / "trm_fast" / library)
     assert needed - ALLOWED[library] == set()
     assert "libtorch_cpu" in needed
+
+
+def test_module_needs_no_torch(unpacked: Path) -> None:
+    # libpthread is a part of libc from glibc 2.34 on.
+    assert needed_by(unpacked / "trm_fast" / DATA) - SYSTEM - {"libpthread"} == set()
+    code = "import sys, trm_fast._data as data; print(data.__file__, 'torch' in sys.modules)"
+    done = run_python(unpacked.parent, "-c", code, PYTHONPATH=str(unpacked))
+    assert done.stdout.split() == [str(unpacked / "trm_fast" / DATA), "False"], done.stderr
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -224,7 +252,7 @@ def test_wheel_without_libraries_needs_no_torch(checkout: Path, tmp_path: Path) 
     assert found == package_files(checkout)
 
 
-@pytest.mark.parametrize("switch", ["TRM_FAST_CPU", "TRM_FAST_CUDA"])
+@pytest.mark.parametrize("switch", ["TRM_FAST_CPU", "TRM_FAST_CUDA", "TRM_FAST_DATA"])
 @pytest.mark.parametrize("value", ["", "yes", "AUTO"])
 def test_switch_refuses_other_values(checkout: Path, switch: str, value: str) -> None:
     done = run_python(checkout, "setup.py", "--version", **{switch: value})
@@ -238,6 +266,10 @@ def test_switch_refuses_other_values(checkout: Path, switch: str, value: str) ->
         (
             {"TRM_FAST_CPU": "1", "CXX": "/nowhere/c++"},
             "TRM_FAST_CPU=1: no C++ compiler /nowhere/c++; install g++ or set CXX",
+        ),
+        (
+            {"TRM_FAST_DATA": "1", "CXX": "/nowhere/c++"},
+            "TRM_FAST_DATA=1: no C++ compiler /nowhere/c++; install g++ or set CXX",
         ),
         (
             {"TRM_FAST_CUDA": "1", "CUDA_HOME": "/nowhere"},
@@ -255,11 +287,19 @@ def test_switch_1_says_what_is_missing(
 
 def test_switch_auto_leaves_out_what_cannot_be_built(checkout: Path) -> None:
     variables = {"CXX": "/nowhere/c++", "CUDA_HOME": "/nowhere"}
-    auto = {"TRM_FAST_CPU": "auto", "TRM_FAST_CUDA": "auto"}
+    auto = {"TRM_FAST_CPU": "auto", "TRM_FAST_CUDA": "auto", "TRM_FAST_DATA": "auto"}
     done = run_python(checkout, "setup.py", "--version", **variables, **auto)
     assert done.returncode == 0, done.stderr
     assert "TRM_FAST_CPU=auto: left out: no C++ compiler" in done.stderr
     assert "TRM_FAST_CUDA=auto: left out: no nvcc" in done.stderr
+    assert "TRM_FAST_DATA=auto: left out: no C++ compiler" in done.stderr
+
+
+def test_missing_pybind11_is_named_with_the_remedy(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_script, "find_spec", lambda name: None)
+    assert setup_script.data_obstacle() == "no pybind11; run: pip install pybind11"
 
 
 def test_missing_torch_is_named_with_the_remedy(checkout: Path, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Generators and solvers of puzzles: C++ on one and two threads beside the same in Python.
+
+A row is the time of one item, so that a slow form can be timed with fewer of them. Before anything
+is timed, the forms must give the same items, and Sudoku solutions are checked by the rules.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+
+from trm_fast.data import _native
+from trm_fast.data.listops import evaluate_listops, generate_listops
+from trm_fast.data.maze import MazeAugment, generate_mazes, shortest_path
+from trm_fast.data.sudoku import (
+    SudokuAugment,
+    check_sudoku,
+    generate_sudoku,
+    solve_sudoku,
+    sudoku_tokens,
+)
+
+from ._report import Row, Run, Table
+from ._timing import Job, interleave
+
+PYTHON = "Python"
+BATCH = 768
+
+Call = Callable[..., tuple[np.ndarray, ...]]
+
+
+def _sudoku(clues: tuple[int, int], size: int = 9) -> Call:
+    return lambda count, **form: generate_sudoku(count, size, clues=clues, **form)
+
+
+def _solve_sudoku() -> Call:
+    puzzles, _ = generate_sudoku(2048)
+    return lambda count, **form: solve_sudoku(puzzles[:count], **form)
+
+
+def _mazes(**options: int) -> Call:
+    return lambda count, **form: generate_mazes(count, **options, **form)
+
+
+def _solve_mazes() -> Call:
+    inputs, _ = generate_mazes(2048, openings=30)
+    return lambda count, **form: shortest_path(inputs[:count], **form)
+
+
+def _listops() -> Call:
+    return lambda count, **form: generate_listops(count, 50, **form)
+
+
+def _evaluate() -> Call:
+    tokens, _ = generate_listops(65536, 50)
+    return lambda count, **form: (evaluate_listops(tokens[:count], **form),)
+
+
+# What is timed, and how many items make one step in C++ and in Python.
+CASES = {
+    "Sudoku 9 x 9, 24 to 30 clues": (lambda: _sudoku((24, 30)), 1024, 8),
+    "Sudoku 9 x 9, 24 clues": (lambda: _sudoku((24, 24)), 512, 8),
+    "Sudoku 6 x 6, 10 to 16 clues": (lambda: _sudoku((10, 16), 6), 4096, 32),
+    "Sudoku 4 x 4, 5 to 8 clues": (lambda: _sudoku((5, 8), 4), 8192, 128),
+    "Sudoku 9 x 9, solve and prove unique": (_solve_sudoku, 2048, 64),
+    "maze 30 x 30": (lambda: _mazes(), 1024, 16),
+    "maze 30 x 30, paths of 110 steps or more": (lambda: _mazes(min_path=110), 1024, 16),
+    "maze 30 x 30, shortest path": (_solve_mazes, 2048, 32),
+    "ListOps, up to 50 tokens": (_listops, 16384, 1024),
+    "ListOps, up to 50 tokens, evaluate": (_evaluate, 65536, 1024),
+}
+
+
+def _check(call: Call, few: int) -> None:
+    """Raises AssertionError where the forms differ."""
+    fast, plain = (call(few, native=native) for native in (True, False))
+    for one, other in zip(fast, plain, strict=True):
+        if not np.array_equal(one, other):
+            raise AssertionError("C++ and Python must give the same items")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_data(case: str, run: Run) -> None:
+    if _native.unusable():
+        run.skipped[case] = str(_native.unusable())
+        pytest.skip(run.skipped[case])
+    prepare, many, few = CASES[case]
+    call = prepare()
+    _check(call, few)
+    if case.startswith("Sudoku") and "solve" not in case:
+        puzzles, solutions = call(many, native=True)
+        assert check_sudoku(solutions, puzzles).all()
+        assert (solve_sudoku(puzzles)[1] == 1).all()
+    counts = {PYTHON: few}
+    jobs = [Job(PYTHON, lambda: call(few, native=False))]
+    for threads in {1, min(2, len(os.sched_getaffinity(0)))}:
+        name = f"C++, {threads} thread{'s' if threads > 1 else ''}"
+        counts[name] = many
+        jobs.append(Job(name, lambda threads=threads: call(many, native=True, threads=threads)))
+    interleave(jobs, run.rounds, "cpu")
+    rows = [Row(job.name, [s / counts[job.name] for s in job.seconds], None) for job in jobs]
+    table = Table(f"{case}: time of one", rows, PYTHON, "")
+    table.notes = [f"{row.name}: {1 / row.median:,.0f} per second" for row in rows]
+    run.tables.append(table)
+
+
+def test_augmentation(run: Run) -> None:
+    jobs = []
+    for name, augment, arrays in (
+        ("Sudoku 9 x 9", SudokuAugment(), sudoku_tokens(*generate_sudoku(BATCH))),
+        ("maze 30 x 30", MazeAugment(), generate_mazes(BATCH)),
+    ):
+        generator = np.random.default_rng(0)
+        inputs, labels = (tokens.astype(np.int64) for tokens in arrays)
+        jobs.append(Job(name, partial(augment, inputs, labels, generator)))
+    interleave(jobs, run.rounds, "cpu")
+    rows = [Row(job.name, job.seconds, None) for job in jobs]
+    run.tables.append(Table(f"Augmentation of {BATCH} examples", rows, jobs[0].name, ""))

@@ -1,0 +1,127 @@
+"""The choice between the compiled generators and those in Python."""
+
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from trm_fast._errors import BackendError
+from trm_fast.data import _items, _native, _reference
+from trm_fast.data._random import Random, mix
+from trm_fast.data.sudoku import generate_sudoku
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch):
+    monkeypatch.delenv("TRM_FAST_BACKEND", raising=False)
+    monkeypatch.delenv("TRM_FAST_STRICT", raising=False)
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """As if the module were not built."""
+    monkeypatch.setitem(sys.modules, "trm_fast._data", None)
+    _native._load.cache_clear()
+    yield
+    _native._load.cache_clear()
+
+
+def test_the_compiled_module_is_taken_if_it_is_there(built):
+    assert _native.choose("me", None).__name__ == "trm_fast._data"
+    assert _native.choose("me", True).__name__ == "trm_fast._data"
+    assert _native.choose("me", False) is _reference
+
+
+def test_the_environment_names_a_form(built, monkeypatch):
+    monkeypatch.setenv("TRM_FAST_BACKEND", "reference")
+    assert _native.choose("me", None) is _reference
+    assert _native.choose("me", True).__name__ == "trm_fast._data"
+
+
+def test_without_the_module_python_runs(missing):
+    assert _native.choose("me", None) is _reference
+    assert generate_sudoku(1, 4)[0].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("native", "variable"),
+    [(True, None), (None, ("TRM_FAST_BACKEND", "cpp")), (None, ("TRM_FAST_STRICT", "1"))],
+)
+def test_what_must_be_native_says_how_to_build_it(missing, monkeypatch, native, variable):
+    if variable:
+        monkeypatch.setenv(*variable)
+    message = (
+        "generate_sudoku: the C\\+\\+ form must run, but trm_fast._data is not built: build it "
+        "with TRM_FAST_DATA=1 pip install --no-build-isolation ."
+    )
+    with pytest.raises(BackendError, match=message):
+        generate_sudoku(1, native=native)
+
+
+def test_another_revision_is_refused(monkeypatch):
+    module = ModuleType("trm_fast._data")
+    module.REVISION = _native.REVISION + 1
+    monkeypatch.setitem(sys.modules, "trm_fast._data", module)
+    _native._load.cache_clear()
+    try:
+        assert f"has revision {module.REVISION}, not {_native.REVISION}: re" in _native.unusable()
+    finally:
+        _native._load.cache_clear()
+
+
+def test_the_module_has_the_functions_of_the_reference(built):
+    from trm_fast import _data
+
+    names = {name for name in dir(_data) if not name.startswith("_")} - {"REVISION"}
+    assert names == {
+        "Items",
+        *(f"generate_{task}" for task in ("sudoku", "mazes", "listops")),
+        *("solve_sudoku", "solve_mazes", "evaluate_listops"),
+    }
+    assert all(hasattr(_reference, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((1, 81)), np.zeros((1, 81), int), np.zeros((1, 162), np.uint8)[:, ::2]]
+)
+def test_the_module_copies_nothing_silently(built, array):
+    from trm_fast import _data
+
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _data.solve_sudoku(array, 3, 3, 1)
+
+
+def test_generators_need_no_torch():
+    program = (
+        "import sys; from trm_fast.data import listops, maze, sudoku; "
+        "sudoku.generate_sudoku(1, 4); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_streams_are_splitmix64():
+    # mix and the golden ratio give the published first outputs of SplitMix64 with seed 0.
+    random = Random(0, 0, 0)
+    assert random._state == 0
+    first = [random._next() for _ in range(3)]
+    assert first == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert Random(3, 4, 5)._state == mix((mix((mix(3) + 4) % 2**64) + 5) % 2**64)
+
+
+def test_bounded_draws_are_uniform():
+    random = Random(1, 2, 3)
+    counts = np.bincount([random.below(7) for _ in range(70_000)])
+    # Binomial: 10,000 each, standard deviation 93; 6 of them.
+    assert len(counts) == 7 and abs(counts - 10_000).max() < 6 * 93
+    drawn = np.array([random.uniform() for _ in range(10_000)])
+    # The mean of n uniform numbers has the deviation 1 / sqrt(12 n).
+    assert 0 <= drawn.min() and drawn.max() < 1
+    assert abs(drawn.mean() - 0.5) < 6 / (12 * 10_000) ** 0.5
+
+
+def test_threads_default_to_the_cores_of_the_process():
+    assert _items.thread_count("me", None) >= 1
+    assert _items.thread_count("me", 3) == 3
