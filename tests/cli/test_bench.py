@@ -129,7 +129,7 @@ def test_an_interruption_leaves_a_report_of_what_is_finished(tmp_path, monkeypat
         (["--report", "table.txt"], "--report must end in .md; got table.txt"),
         (["--time", "--report-only"], "not allowed with argument --time"),
         (["--prime", "8"], "prime must be"),
-        (["--device", "abacus"], "device must be auto or one torch can use; got 'abacus'"),
+        (["--device", "abacus"], "device must be auto or one that torch can use; got 'abacus'"),
     ],
 )
 def test_wrong_options_are_one_line(tmp_path, capsys, flags, message):

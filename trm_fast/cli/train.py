@@ -1,14 +1,11 @@
-"""``trm-fast train``: runs a recipe with settings from a YAML file and flags."""
+"""``trm-fast train``: runs a recipe with settings from a preset, a YAML file and flags."""
 
 import argparse
-import dataclasses
-import inspect
-import re
 from importlib import import_module
-from typing import Any, NoReturn, get_type_hints
+from typing import Any
 
 from trm_fast.cli import COMMANDS, suggest
-from trm_fast.recipes import RECIPES
+from trm_fast.recipes import RECIPES, Recipe
 
 HELP = COMMANDS["train"]
 
@@ -17,13 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the name of the recipe; what follows it is read by the recipe's own parser."""
     width = max(map(len, RECIPES))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = f"{parser.prog} RECIPE [--config FILE.yaml] [--FIELD VALUE ...]"
+    parser.usage = (
+        f"{parser.prog} RECIPE [--preset NAME] [--config FILE.yaml] [--set NAME=VALUE ...]\n"
+        f"{' ' * (len(parser.prog) + 14)}[--out DIR] [--resume | --overwrite] [--dry-run]"
+    )
     parser.epilog = "\n".join(
         [
             "recipes:",
             *(f"  {name:{width}}  {recipe.help}" for name, recipe in RECIPES.items()),
             "",
-            f"{parser.prog} RECIPE --help shows every field with its default.",
+            f"{parser.prog} RECIPE --help shows every setting with its default.",
         ]
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="what to train, see below")
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains ``args.recipe`` with the settings in ``args.fields``.
 
+    Returns:
+        0, or 128 plus the number of the signal that interrupted the run.
+
     Raises:
         ValueError: there is no such recipe, or a setting is unknown or wrong.
         ModuleNotFoundError: jsonargparse, or what the recipe needs, is not installed.
@@ -41,57 +44,46 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"train: name a recipe; choose from {', '.join(RECIPES)}")
     if args.recipe not in RECIPES:
         raise ValueError(f"train: unknown recipe {args.recipe!r}{suggest(args.recipe, RECIPES)}")
-    recipe = RECIPES[args.recipe]
+    from trm_fast.cli._settings import read_options
+
+    recipe: Recipe = RECIPES[args.recipe]
     module = import_module(recipe.module)
-    config = _read_config(getattr(module, recipe.config), args.fields, args.recipe)
-    getattr(module, recipe.run)(config)
+    options = read_options(args.recipe, module, args.fields)
+    trainer = module.build(options.config)
+    if options.dry_run:
+        return _rehearse(options.config, trainer)
+    summary = trainer.fit(resume=options.resume, overwrite=options.overwrite)
+    if trainer.world.is_main:
+        for line in module.finish(trainer, summary):
+            print(line)
+    return 128 + summary.signal if summary.signal else 0
+
+
+def _rehearse(config: Any, trainer: Any) -> int:
+    """Prints the settings and what one step has shown."""
+    from trm_fast.recipes._config import leaves
+    from trm_fast.train.dry_run import dry_run
+
+    settings = list(leaves(config))
+    width = max(len(name) for name, _ in settings)
+    for name, value in settings:
+        print(f"{name:{width}}  {value}")
+    found = dry_run(trainer)
+    print()
+    print(f"parameters   {found.parameters:,}")
+    print(
+        f"memory       weights {_size(found.weights)}, gradients {_size(found.gradients)}, "
+        f"optimizers and averages {_size(found.optimizers)}; at most {_size(found.peak)} at once"
+    )
+    print(f"checkpoint   {_size(found.checkpoint)}")
+    print(
+        f"one step     loss {found.loss:.4f}, {found.seconds:.2f} s (the first one is the slowest)"
+    )
     return 0
 
 
-def _read_config(config: type[Any], argv: list[str], recipe: str) -> Any:
-    """Builds the dataclass ``config`` from flags and files; a flag after --config overrides it."""
-    from jsonargparse import ArgumentParser
-
-    fields = [field.name for field in dataclasses.fields(config)]
-
-    class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ValueError(f"train {recipe}: {_plain(message, fields)}") from ex
-
-    summary = (inspect.getdoc(config) or "").partition("\n")[0]
-    parser = Parser(prog=f"trm-fast train {recipe}", description=summary, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML or JSON file with fields.")
-    types, docs = get_type_hints(config), field_docs(config)
-    for field in dataclasses.fields(config):
-        # argparse formats help texts with %.
-        help = docs[field.name].replace("%", "%%")
-        parser.add_argument(
-            f"--{field.name}", type=types[field.name], default=field.default, help=help
-        )
-    values = parser.parse_args(argv)
-    return config(**{name: values[name] for name in fields})
-
-
-def field_docs(config: type[Any]) -> dict[str, str]:
-    """Reads the description of each field from the ``Args`` of a dataclass's docstring."""
-    text = inspect.getdoc(config) or ""
-    docs = {}
-    for field in dataclasses.fields(config):
-        found = re.search(rf"^    {field.name}: (.+(?:\n {{8}}.+)*)", text, re.MULTILINE)
-        docs[field.name] = " ".join(found[1].split()) if found else ""
-    return docs
-
-
-def _plain(message: str, fields: list[str]) -> str:
-    """Puts a message of jsonargparse in our words: flag first, plain type names, a suggestion."""
-    message = " ".join(message.split())
-    unknown = re.match(r"[Uu]nrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message)
-    if unknown:
-        word = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
-        return f"unknown field {word!r}{suggest(word, fields)}"
-    if message.startswith("Unexpected config"):
-        # Its rest is the whole file.
-        return "--config: expected a file with one 'field: value' per line"
-    message = re.sub(r'^Parser key "(\S+)":', r"--\1:", message)
-    message = re.sub(r"a typing\.Literal\[(.+?)\]", r"one of \1", message)
-    return re.sub(r"<class '(\w+)'>", r"\1", message)
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"

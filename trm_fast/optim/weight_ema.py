@@ -80,6 +80,12 @@ class WeightEMA:
         return new
 
     @property
+    def is_of_optimizer(self) -> bool:
+        """Whether the averages belong to an optimizer, whose step moves and whose state dict holds
+        them."""
+        return self._optimizer is not None
+
+    @property
     def average(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters."""
         if self._optimizer is None:

@@ -31,7 +31,7 @@ from trm_fast.recipes.grokking import Evaluation, GrokkingConfig, grokking_epoch
 # Timed epochs of each row, after one that is not; odd, so that the median is one of them.
 _ROUNDS = 9
 # A run stays what it is when these are different.
-_NOT_SETTINGS = ("iterations", "stop_at_target", "device", "log_every", "plot", "out", "overwrite")
+_NOT_SETTINGS = ("iterations", "stop_at_target", "device", "log_every", "save_every", "plot", "out")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,11 @@
-"""What a grokking run shows: progress while it trains, the picture and the last lines."""
+"""What a grokking run shows at its end: the picture and the last line."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trm_fast.recipes.grokking import Evaluation, GrokkingConfig, GrokkingResult
-
-    Show = Callable[[Evaluation], None]
+    from trm_fast.recipes.grokking import Evaluation, GrokkingConfig
 
 _FILTERS = {
     "ema": "GrokFast-EMA filter",
@@ -22,85 +18,30 @@ _FILTERS = {
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
 
-def progress(config: "GrokkingConfig") -> AbstractContextManager["Show"]:
-    """Returns a context whose value shows one evaluation: bars on a terminal, else plain lines."""
-    return _bars(config) if sys.stdout.isatty() else _lines(config)
+def first_at(history: "Sequence[Evaluation]", target: float) -> "Evaluation | None":
+    """Returns the first evaluation whose validation accuracy is at or above the target, or None."""
+    return next((found for found in history if found.validation_accuracy >= target), None)
 
 
-@contextmanager
-def _lines(config: "GrokkingConfig") -> Iterator["Show"]:
-    due = config.log_every
-
-    def show(evaluation: "Evaluation") -> None:
-        nonlocal due
-        if evaluation.iteration >= due:
-            due = evaluation.iteration - evaluation.iteration % config.log_every + config.log_every
-            print(
-                f"iteration {evaluation.iteration:6,}  "
-                f"train {evaluation.train_accuracy:6.1%}  "
-                f"validation {evaluation.validation_accuracy:6.1%}  "
-                f"loss {evaluation.train_loss:.3f} / {evaluation.validation_loss:.3f}  "
-                f"{evaluation.seconds:.1f} s",
-                flush=True,
-            )
-
-    yield show
-
-
-@contextmanager
-def _bars(config: "GrokkingConfig") -> Iterator["Show"]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:>19}"),
-        BarColumn(bar_width=40),
-        TextColumn("{task.percentage:5.1f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    # 4 redraws per second read as continuous and cost the training no measurable time.
-    with Progress(*columns, refresh_per_second=4) as bars:
-        train = bars.add_task("train accuracy", total=1.0, note="")
-        validation = bars.add_task("validation accuracy", total=1.0, note="")
-
-        def show(evaluation: "Evaluation") -> None:
-            pace = 1000 * evaluation.seconds / evaluation.iteration
-            bars.update(
-                train,
-                completed=evaluation.train_accuracy,
-                note=f"iteration {evaluation.iteration:,}, {pace:.1f} ms each",
-            )
-            bars.update(
-                validation,
-                completed=evaluation.validation_accuracy,
-                note=f"target {_percent(config.target)}",
-            )
-
-        yield show
-
-
-def summary(result: "GrokkingResult", config: "GrokkingConfig") -> str:
-    """Says in one line when the target was reached, if it was; then where the files are."""
-    target, last, reached = _percent(config.target), result.last, result.reached
-    if reached is None:
-        text = (
-            f"validation accuracy did not pass {target} within {last.iteration:,} iterations "
-            f"({_percent(last.validation_accuracy)} after {last.seconds:.1f} s)"
-        )
-    else:
-        text = (
-            f"validation accuracy passed {target} at iteration {reached.iteration:,} "
+def told(history: "Sequence[Evaluation]", reached: "Evaluation | None", target: float) -> str:
+    """Says in one line when the target was reached, if it was."""
+    if reached is not None:
+        return (
+            f"validation accuracy passed {_percent(target)} at iteration {reached.iteration:,} "
             f"after {reached.seconds:.1f} s"
         )
-    if result.picture is not None:
-        text += f"\npicture: {result.picture}"
-    return f"{text}\nmetrics: {result.out / 'metrics.jsonl'}"
+    if not history:
+        return "there was no evaluation"
+    last = history[-1]
+    return (
+        f"validation accuracy did not pass {_percent(target)} within {last.iteration:,} iterations "
+        f"({_percent(last.validation_accuracy)} after {last.seconds:.1f} s)"
+    )
 
 
 def draw_accuracy(
     path: Path,
-    history: "list[Evaluation]",
-    reached: "Evaluation | None",
+    history: "Sequence[Evaluation]",
     config: "GrokkingConfig",
 ) -> None:
     """Draws train and validation accuracy over iterations, with a line where the target is met.
@@ -108,11 +49,11 @@ def draw_accuracy(
     Args:
         path: PNG file to write.
         history: at least one evaluation, in order.
-        reached: the first evaluation at the target, or None.
         config: settings of the run, for the title and the target.
     """
     from matplotlib.figure import Figure
 
+    reached = first_at(history, config.target)
     iterations = [evaluation.iteration for evaluation in history]
     figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()

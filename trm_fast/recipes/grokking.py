@@ -12,10 +12,7 @@ does, compare with ``filter="none"`` at the same weight decay.
 
 import dataclasses
 import importlib
-import json
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,8 +26,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from trm_fast.data.modular import Operation, modular_equations, split_equations
 from trm_fast.optim import GrokFastAdamW, MuGrokfast
 from trm_fast.optim.groups import split_params
+from trm_fast.optim.schedules import Schedule, warmup_constant
 from trm_fast.recipes._grokking_model import Decoder
-from trm_fast.recipes._grokking_report import draw_accuracy, progress, summary
+from trm_fast.recipes._grokking_report import draw_accuracy, first_at, told
+from trm_fast.train import (
+    Callback,
+    Progress,
+    StepResult,
+    StopAtTarget,
+    Summary,
+    Trainer,
+    TrainerConfig,
+)
+from trm_fast.train.callbacks import Record
+from trm_fast.train.distributed import World
+from trm_fast.train.meter import Meter
+from trm_fast.train.report import FILES as REPORT_FILES
 
 Inner = Literal["adam", "adamw", "muon"]
 Filter = Literal["ema", "ma", "highpass", "projection", "cosine_gate", "none"]
@@ -68,9 +79,9 @@ class GrokkingConfig:
         stop_at_target: end the run at the first evaluation that reaches the target.
         device: where to train: auto (cuda if there is one, else cpu) or a torch device.
         log_every: iterations between two lines of progress when the output is not a terminal.
+        save_every: epochs between two checkpoints.
         plot: draw accuracy.png; needs matplotlib.
         out: directory of the run; empty means runs/grokking-OPTIMIZER-FILTER-seedSEED.
-        overwrite: replace the run that is in the directory instead of refusing to start.
 
     Raises:
         ValueError: a value is outside its range or not among its choices.
@@ -95,14 +106,14 @@ class GrokkingConfig:
     stop_at_target: bool = True
     device: str = "auto"
     log_every: int = 100
+    save_every: int = 10
     plot: bool = True
     out: str = ""
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("warmup", "seed"):
             _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        for name in ("window", "batch", "iterations", "log_every"):
+        for name in ("window", "batch", "iterations", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
         _require(0 <= self.target <= 1, "target must be in [0, 1]", self.target)
         for name, choices in (("optimizer", get_args(Inner)), ("filter", get_args(Filter))):
@@ -117,11 +128,10 @@ def _require(holds: bool, what: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """State of the run after one epoch; one line of metrics.jsonl.
+    """State of the run after one epoch.
 
     Args:
         iteration: weight updates so far.
-        epoch: epochs so far.
         seconds: wall time since training began, evaluations included.
         train_accuracy: share of right answers in the epoch, each taken before its update.
         validation_accuracy: share of right answers on the validation half, after the epoch.
@@ -130,7 +140,6 @@ class Evaluation:
     """
 
     iteration: int
-    epoch: int
     seconds: float
     train_accuracy: float
     validation_accuracy: float
@@ -138,80 +147,88 @@ class Evaluation:
     validation_loss: float
 
 
-@dataclass(frozen=True)
-class GrokkingResult:
-    """What a run found.
+class EpochBatches:
+    """Equations in batches, without end; each epoch permutes the order of the last one.
 
     Args:
-        reached: the first evaluation at or above the target, or None.
-        last: the last evaluation.
-        out: directory of the run with config.json and metrics.jsonl.
-        picture: the drawn accuracies, or None.
+        equations: tokens [5, count].
+        size: equations per batch; the last batch of an epoch is smaller.
+        generator: draws the permutations; advanced.
     """
 
-    reached: Evaluation | None
-    last: Evaluation
-    out: Path
-    picture: Path | None
+    def __init__(self, equations: Tensor, size: int, generator: torch.Generator) -> None:
+        self.equations = equations
+        self.size = size
+        self.generator = generator
+        self.order = torch.arange(equations.shape[1])
+        self.position = self.per_epoch
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.equations.shape[1] // self.size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            if self.position == self.per_epoch:
+                permutation = torch.randperm(len(self.order), generator=self.generator)
+                self.order, self.position = self.order[permutation], 0
+            batches = self.equations[:, self.order.to(self.equations.device)]
+            for batch in batches.split(self.size, dim=1)[self.position :]:
+                self.position += 1
+                yield batch
+
+    def describe(self) -> str:
+        """Names the last batch."""
+        return f"batch {self.position} of {self.per_epoch} of an epoch"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns order, place in it, and the state of the generator."""
+        return {
+            "order": self.order,
+            "position": self.position,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a ``state_dict``."""
+        self.order, self.position = state["order"], state["position"]
+        self.generator.set_state(state["generator"])
 
 
-def train_grokking(config: GrokkingConfig) -> GrokkingResult:
-    """Runs the experiment and writes config.json, metrics.jsonl and accuracy.png below ``out``.
+class Picture(Callback):
+    """Draws accuracy.png when the run ends, also when it is interrupted."""
 
-    Shows accuracies while it runs: as bars on a terminal (needs rich), else as lines. The random
-    state of the process is left as it was.
+    def __init__(self, config: GrokkingConfig) -> None:
+        # A missing matplotlib has to show now, not after the training.
+        importlib.import_module("matplotlib.figure")
+        self.config = config
 
-    Args:
-        config: settings of the run.
+    def on_end(self, trainer: Trainer, summary: Summary) -> None:
+        history = evaluations(trainer.history)
+        if history and trainer.out is not None and trainer.world.is_main:
+            draw_accuracy(trainer.out / "accuracy.png", history, self.config)
 
-    Returns:
-        When the target was reached, the last evaluation, and where the files are.
+
+def build(config: GrokkingConfig) -> Trainer:
+    """Makes data, model, optimizer and the trainer of a run; nothing is written yet.
 
     Raises:
         ValueError: the prime, the operation, the device or an optimizer setting cannot be used.
-        FileExistsError: ``out`` is not empty and ``overwrite`` is off.
-        FloatingPointError: the loss is not finite any more.
-        ModuleNotFoundError: matplotlib, or rich on a terminal, is not installed.
+        ModuleNotFoundError: matplotlib is to draw and not installed.
     """
-    if config.plot:
-        # A missing matplotlib has to show now, not after the training.
-        importlib.import_module("matplotlib.figure")
-    config = _resolved(config)
-    model, train, validation, generator = _build(config)
-    optimizer = _optimizer(model, config)
-    out = _start_run(config)
-    print(
-        f"{config.operation} mod {config.prime}: {train.shape[1]:,} equations to train on, "
-        f"{validation.shape[1]:,} to validate; {_count(model):,} parameters on {config.device}"
-    )
-    history: list[Evaluation] = []
-    reached = None
-    picture = out / "accuracy.png" if config.plot else None
-    try:
-        with (out / "metrics.jsonl").open("w") as metrics, progress(config) as show:
-            for evaluation in _epochs(model, optimizer, train, validation, generator, config):
-                history.append(evaluation)
-                metrics.write(json.dumps(dataclasses.asdict(evaluation)) + "\n")
-                metrics.flush()
-                show(evaluation)
-                if reached is None and evaluation.validation_accuracy >= config.target:
-                    reached = evaluation
-                if reached is not None and config.stop_at_target:
-                    break
-    finally:
-        # Also after Ctrl-C: what is known so far is worth a picture.
-        if picture is not None and history:
-            draw_accuracy(picture, history, reached, config)
-    result = GrokkingResult(reached, history[-1], out, picture)
-    print(summary(result, config))
-    return result
+    name = f"grokking-{config.optimizer}-{config.filter}-seed{config.seed}"
+    out = config.out or str(Path("runs") / name)
+    shown = ("train_accuracy", "validation_accuracy", "train_loss", "validation_loss")
+    pictures = [Picture(config)] if config.plot else []
+    return _trainer(config, out, (Progress(shown, every=config.log_every), *pictures))
 
 
 def grokking_epochs(config: GrokkingConfig) -> Iterator[Evaluation]:
     """Trains without writing or showing anything; yields one evaluation per epoch.
 
     The model is built by the call, the epochs are trained as they are asked for, also past the
-    target. ``out``, ``overwrite``, ``plot`` and ``log_every`` mean nothing here.
+    target. ``out`` and ``plot`` mean nothing here.
 
     Args:
         config: settings of the run.
@@ -223,44 +240,48 @@ def grokking_epochs(config: GrokkingConfig) -> Iterator[Evaluation]:
         ValueError: the prime, the operation, the device or an optimizer setting cannot be used.
         FloatingPointError: the loss is not finite any more.
     """
-    config = _resolved(config)
-    model, train, validation, generator = _build(config)
-    return _epochs(model, _optimizer(model, config), train, validation, generator, config)
+    trainer = _trainer(dataclasses.replace(config, stop_at_target=False), None, ())
+    return _epochs(trainer)
 
 
-def _resolved(config: GrokkingConfig) -> GrokkingConfig:
-    """Replaces the values that stand for a choice by what was chosen."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch says in words and exception types that differ by device why it cannot be used.
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"grokking: device must be auto or one torch can use; got {device!r} ({reason})"
-        ) from error
-    name = f"grokking-{config.optimizer}-{config.filter}-seed{config.seed}"
-    return dataclasses.replace(config, device=device, out=config.out or str(Path("runs") / name))
+def _epochs(trainer: Trainer) -> Iterator[Evaluation]:
+    for step in trainer.updates():
+        if trainer.evaluated_at == step:
+            yield evaluations(trainer.history[-2:])[0]
 
 
-def _start_run(config: GrokkingConfig) -> Path:
-    """Makes the directory of the run and writes its config.json."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()) and not config.overwrite:
-        raise FileExistsError(
-            f"grokking: out must be a new or empty directory; got {out}, which holds files. "
-            "Choose another out, or set overwrite to true"
-        )
-    for name in ("metrics.jsonl", "accuracy.png"):
-        (out / name).unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return out
+def _trainer(config: GrokkingConfig, out: str | None, callbacks: Sequence[Callback]) -> Trainer:
+    world = World(config.device)
+    model, train, validation, generator = _data(config, world.device)
+    batches = EpochBatches(train, config.batch, generator)
+    target = StopAtTarget("validation_accuracy", config.target)
+    return Trainer(
+        model,
+        _optimizer(model, config),
+        batches,
+        _objective,
+        TrainerConfig(
+            steps=config.iterations,
+            log_every=batches.per_epoch,
+            evaluate_every=batches.per_epoch,
+            save_every=config.save_every * batches.per_epoch,
+            max_nonfinite=1,
+            seed=config.seed,
+        ),
+        schedules=lambda made: [LambdaLR(made[0], _warmup(config.warmup))],
+        evaluate=lambda model: _validate(model, validation, config.batch),
+        callbacks=(*([target] if config.stop_at_target else []), *callbacks),
+        out=out,
+        device=world,
+        name="grokking",
+        settings=dataclasses.asdict(config),
+        files=("accuracy.png", *REPORT_FILES),
+    )
 
 
-def _build(config: GrokkingConfig) -> tuple[Decoder, Tensor, Tensor, torch.Generator]:
+def _data(
+    config: GrokkingConfig, device: torch.device
+) -> tuple[Decoder, Tensor, Tensor, torch.Generator]:
     """Builds the model, both halves of the data and the generator that shuffles the batches."""
     equations = modular_equations(config.prime, config.operation)
     generator = torch.Generator()
@@ -270,7 +291,6 @@ def _build(config: GrokkingConfig) -> tuple[Decoder, Tensor, Tensor, torch.Gener
         # The published code draws weights, split and batches from one stream, in this order.
         generator.set_state(torch.get_rng_state())
     train, validation = split_equations(equations, generator)
-    device = config.device
     return model.to(device), train.to(device), validation.to(device), generator
 
 
@@ -291,86 +311,54 @@ def _optimizer(model: Decoder, config: GrokkingConfig) -> Optimizer:
     return GrokFastAdamW(model.parameters(), decoupled_weight_decay=decoupled, **options)
 
 
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _warmup(steps: int) -> Schedule:
+    # As published, the first update has a learning rate of 0.
+    return warmup_constant(steps)
 
 
-def _epochs(
-    model: Decoder,
-    optimizer: Optimizer,
-    train: Tensor,
-    validation: Tensor,
-    generator: torch.Generator,
-    config: GrokkingConfig,
-) -> Iterator[Evaluation]:
-    """Trains epoch by epoch until the iterations are used up; yields one evaluation per epoch."""
-    warmup = max(config.warmup, 1)
-    schedule = LambdaLR(
-        optimizer, lambda update: min(1.0, update / warmup) if config.warmup else 1.0
-    )
-    start = time.perf_counter()
-    iteration = epoch = 0
-    while iteration < config.iterations:
-        # Each order permutes the previous one, as published.
-        order = torch.randperm(train.shape[1], generator=generator)
-        train = train[:, order.to(train.device)]
-        batches = train.split(config.batch, dim=1)[: config.iterations - iteration]
-        train_loss, train_accuracy = _train(model, optimizer, schedule, batches)
-        iteration += len(batches)
-        epoch += 1
-        if not math.isfinite(train_loss):
-            raise FloatingPointError(
-                f"grokking: the training loss must stay finite; got {train_loss} in the "
-                f"{len(batches)} iterations up to {iteration}. A smaller lr may help"
-            )
-        validation_loss, validation_accuracy = _validate(model, validation, config.batch)
-        yield Evaluation(
-            iteration=iteration,
-            epoch=epoch,
-            seconds=round(time.perf_counter() - start, 3),
-            train_accuracy=train_accuracy,
-            validation_accuracy=validation_accuracy,
-            train_loss=train_loss,
-            validation_loss=validation_loss,
-        )
+def _objective(model: nn.Module, equations: Tensor) -> StepResult:
+    loss, right = _answer(model, equations)
+    count = equations.shape[1]
+    metrics = {"train_loss": (count * loss, count), "train_accuracy": (right.sum(), count)}
+    return StepResult(loss, metrics)
 
 
-def _train(
-    model: Decoder,
-    optimizer: Optimizer,
-    schedule: LambdaLR,
-    batches: tuple[Tensor, ...],
-) -> tuple[float, float]:
-    """Updates the weights once per batch; returns mean loss and accuracy before the updates."""
-    scores = []
-    for batch in batches:
-        loss, right = _answer(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        scores.append(_score(loss, right))
-    return _mean(scores, batches)
+def _validate(model: nn.Module, equations: Tensor, batch: int) -> dict[str, float]:
+    meter = Meter(equations.device)
+    for part in equations.split(batch, dim=1):
+        found = _objective(model, part).metrics
+        meter.add({name.replace("train", "validation"): value for name, value in found.items()})
+    return meter.means()
 
 
-@torch.no_grad()
-def _validate(model: Decoder, equations: Tensor, batch: int) -> tuple[float, float]:
-    batches = equations.split(batch, dim=1)
-    return _mean([_score(*_answer(model, part)) for part in batches], batches)
-
-
-def _answer(model: Decoder, equations: Tensor) -> tuple[Tensor, Tensor]:
+def _answer(model: nn.Module, equations: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the mean loss and, per equation, whether the most likely result is right."""
     logits, result = model(equations[:-1]), equations[-1]
     return F.cross_entropy(logits, result), logits.argmax(-1) == result
 
 
-def _score(loss: Tensor, right: Tensor) -> Tensor:
-    return torch.stack([loss.detach(), right.float().mean()])
+def evaluations(history: Sequence[Record]) -> list[Evaluation]:
+    """Joins the records of training and evaluation of each epoch."""
+    steps: dict[int, Record] = {}
+    for record in history:
+        steps.setdefault(record["step"], {}).update(record)
+    names = [field.name for field in dataclasses.fields(Evaluation)]
+    return [
+        Evaluation(**{name: {**found, "iteration": step}[name] for name in names})
+        for step, found in steps.items()
+        if "validation_loss" in found
+    ]
 
 
-def _mean(scores: list[Tensor], batches: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Averages scores over equations; the only transfer from the device in a pass over them."""
-    sizes = torch.tensor([batch.shape[1] for batch in batches], dtype=torch.float64)
-    loss, accuracy = (sizes @ torch.stack(scores).cpu().double() / sizes.sum()).tolist()
-    return loss, accuracy
+def finish(trainer: Trainer, summary: Summary) -> list[str]:
+    """Returns the lines that are shown after a run."""
+    config = GrokkingConfig(**trainer.settings)
+    history = evaluations(trainer.history)
+    reached = first_at(history, config.target)
+    lines = [told(history, reached, config.target)]
+    if trainer.out is not None and config.plot:
+        lines.append(f"picture: {trainer.out / 'accuracy.png'}")
+    return lines
+
+
+PRESETS = {"grokking": {"official": GrokkingConfig()}}

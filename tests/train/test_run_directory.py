@@ -1,0 +1,300 @@
+"""The directory of a run: one trainer at a time, whole files, records that can be cut."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from trm_fast.train import Checkpoints, RunDirectory
+from trm_fast.train.run_directory import read_records
+
+from .checks import state_at
+
+HOLD = """
+import sys, time
+from trm_fast.train import RunDirectory
+try:
+    with RunDirectory(sys.argv[1]):
+        print("holds", flush=True)
+        sys.stdin.readline()
+except OSError as error:
+    print(error, flush=True)
+"""
+
+
+def trainer(run) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", HOLD, str(run)], **pipes)
+
+
+def test_it_makes_the_directory_and_its_parents(tmp_path):
+    with RunDirectory(tmp_path / "a" / "b") as run:
+        assert run.path.is_dir() and run.existing() == []
+        assert (run.path / ".lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+
+
+# --- one trainer ---
+
+
+def test_a_second_trainer_is_told_who_has_it(tmp_path):
+    with RunDirectory(tmp_path):
+        second = trainer(tmp_path)
+        said = second.communicate()[0].strip()
+    host = socket.gethostname()
+    assert said == (
+        f"run directory: {tmp_path} must not be in use; "
+        f"got a trainer with pid {os.getpid()} on host {host}"
+    )
+
+
+def test_also_within_one_process(tmp_path):
+    with RunDirectory(tmp_path):
+        with pytest.raises(OSError, match=f"got a trainer with pid {os.getpid()} on host"):
+            RunDirectory(tmp_path).__enter__()
+    with RunDirectory(tmp_path):
+        pass
+
+
+def test_of_trainers_that_start_together_one_proceeds(tmp_path):
+    for race in range(5):
+        trainers = [trainer(tmp_path / str(race)) for _ in range(3)]
+        said = [process.stdout.readline() for process in trainers]
+        assert sum(line == "holds\n" for line in said) == 1
+        assert sum("must not be in use" in line for line in said) == 2
+        for process in trainers:
+            process.communicate("")
+
+
+def test_the_lock_goes_with_a_killed_trainer(tmp_path):
+    process = trainer(tmp_path)
+    assert process.stdout.readline() == "holds\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with RunDirectory(tmp_path):
+        pass
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    """The trainer is killed while a process that it forked lives on."""
+    told, done = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        RunDirectory(tmp_path).__enter__()
+        if os.fork() == 0:
+            os.write(told[1], b"x")
+            os.close(done[1])
+            os.read(done[0], 1)
+            os._exit(0)
+        signal.pause()
+    os.read(told[0], 1)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with RunDirectory(tmp_path):
+        pass
+    for handle in (*told, *done):
+        os.close(handle)
+
+
+def test_the_lock_goes_with_the_block_also_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with RunDirectory(tmp_path):
+            _ = 1 / 0
+    with RunDirectory(tmp_path):
+        pass
+
+
+# --- what may be wrong with a place ---
+
+
+@pytest.mark.parametrize(
+    ("below", "reason"),
+    [
+        ("file", "File exists"),
+        ("file/run", "Not a directory"),
+        ("x" * 300, "File name too long"),
+        ("loop", "File exists"),
+        ("loop/run", "Too many levels of symbolic links"),
+    ],
+)
+def test_a_place_that_cannot_be_a_run(tmp_path, below, reason):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match=f"^run directory: {tmp_path}.*: {reason}$"):
+        RunDirectory(tmp_path / below).__enter__()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch, code):
+    def refuse(path, *_):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError, match=f"^run directory: {tmp_path}/.lock: ") as caught:
+        RunDirectory(tmp_path).__enter__()
+    assert caught.value.errno == code and os.strerror(code) in str(caught.value)
+
+
+def test_free_space(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.require_space(1)
+        with pytest.raises(OSError, match=r"must have \d+\.\d MB free; got \d+\.\d MB$"):
+            run.require_space(2 * shutil.disk_usage(tmp_path).total)
+
+
+# --- what is there at the start ---
+
+
+def test_what_a_crash_left_goes_at_the_start(tmp_path):
+    (tmp_path / "ckpt" / ".tmp-1").mkdir(parents=True)
+    (tmp_path / "ckpt" / ".tmp-1" / "state.json").write_text("{")
+    (tmp_path / "ckpt" / ".tmp-2").write_text("step")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / ".tmp-3").symlink_to(tmp_path / "kept")
+    with RunDirectory(tmp_path):
+        pass
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        ".lock", "ckpt", "kept",
+    ]  # fmt: skip
+
+
+def test_overwriting_deletes_what_a_run_writes_and_nothing_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "mine").write_text("mine")
+    with RunDirectory(tmp_path, files=["accuracy.png"]) as run:
+        assert run.existing() == []
+        run.write_json("config.json", {})
+        run.append("metrics.jsonl", {"step": 1})
+        (tmp_path / "accuracy.png").write_text("")
+        Checkpoints(tmp_path).save(1, state_at(1), score=1)
+        assert run.existing() == ["config.json", "metrics.jsonl", "accuracy.png", "ckpt"]
+        run.clear()
+        assert run.existing() == []
+        run.append("metrics.jsonl", {"step": 2})
+        assert run.read("metrics.jsonl") == [{"step": 2}]
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == [".lock", "ckpt", "ckpt/mine", "metrics.jsonl", "notes.txt"]
+
+
+# --- files ---
+
+
+def test_json_is_replaced_whole(tmp_path, monkeypatch):
+    with RunDirectory(tmp_path) as run:
+        run.write_json("config.json", {"lr": 1e-4, "betas": (0.9, 0.95), "clip": math.inf})
+        text = (tmp_path / "config.json").read_text()
+        assert json.loads(text) == {"lr": 1e-4, "betas": [0.9, 0.95], "clip": "Infinity"}
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=f"{tmp_path}/config.json: No space left on device"):
+                run.write_json("config.json", {})
+        assert (tmp_path / "config.json").read_text() == text
+        assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["../config.json", "a/b", "", ".lock", "/tmp/x", "a\n"])
+def test_names_are_plain(tmp_path, name):
+    with RunDirectory(tmp_path) as run:
+        for call in (run.read, lambda name: run.append(name, {}), lambda n: run.write_json(n, {})):
+            with pytest.raises(ValueError, match="a file must have a plain name; got"):
+                call(name)
+
+
+def test_records_come_back_and_json_is_strict(tmp_path):
+    records = [{"step": 1, "loss": 0.5, "words": ["a", "\u00e9\n"]}, {"step": 2, "loss": None}]
+    with RunDirectory(tmp_path) as run:
+        assert run.read("metrics.jsonl") == []
+        for record in records:
+            run.append("metrics.jsonl", record)
+        run.append("metrics.jsonl", {"a": math.nan, "b": [math.inf, {"c": -math.inf}]})
+        expected = [*records, {"a": "NaN", "b": ["Infinity", {"c": "-Infinity"}]}]
+        assert run.read("metrics.jsonl") == expected == read_records(tmp_path / "metrics.jsonl")
+    assert math.isnan(float("NaN")) and float("-Infinity") == -math.inf
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_record_of_something_else_is_refused(tmp_path):
+    with RunDirectory(tmp_path) as run, pytest.raises(TypeError, match="not JSON serializable"):
+        run.append("metrics.jsonl", {"a": object()})
+
+
+def test_records_are_with_the_kernel_at_once(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.append("events.jsonl", {"kind": "start"})
+        assert read_records(tmp_path / "events.jsonl") == [{"kind": "start"}]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step":3}', b"\0" * 70_000, b"{"])
+def test_a_torn_last_line_is_no_record_and_is_not_written_behind(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n{"step":2}\n' + torn)
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+    with RunDirectory(tmp_path) as run:
+        run.append("metrics.jsonl", {"step": 3})
+    assert path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
+
+
+def test_a_file_of_one_torn_line_is_empty(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":')
+    with RunDirectory(tmp_path) as run:
+        assert run.read("metrics.jsonl") == []
+        run.append("metrics.jsonl", {"step": 1})
+        assert run.read("metrics.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize("line", [b"{", b"", b"[1]", b"3", b"\xff", b"[" * 100_000])
+def test_any_other_wrong_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step":1}\n' + line + b'\n{"step":3}\n')
+    with RunDirectory(tmp_path) as run:
+        for call in (run.read, lambda name: run.truncate(name, 9)):
+            with pytest.raises(ValueError, match=f"^{path}:2: must be one JSON object$"):
+                call("metrics.jsonl")
+    assert path.read_bytes().splitlines()[0::2] == [b'{"step":1}', b'{"step":3}']
+
+
+def test_records_beyond_a_step_are_dropped(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.truncate("metrics.jsonl", 3)
+        assert not (tmp_path / "metrics.jsonl").exists()
+        for step in (1, 2, 3, 4, 5):
+            run.append("metrics.jsonl", {"step": step})
+        run.append("metrics.jsonl", {"note": "without a step"})
+        with open(tmp_path / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step":')
+        run.truncate("metrics.jsonl", 3)
+        kept = [{"step": 1}, {"step": 2}, {"step": 3}, {"note": "without a step"}]
+        assert run.read("metrics.jsonl") == kept
+        run.append("metrics.jsonl", {"step": 4})
+        assert run.read("metrics.jsonl") == [*kept, {"step": 4}]
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_line_that_did_not_fit_is_taken_back(tmp_path, monkeypatch):
+    with RunDirectory(tmp_path) as run:
+        run.append("metrics.jsonl", {"step": 1})
+        write, count = os.write, iter(range(9))
+
+        def full(handle, data):
+            if next(count):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(handle, data[:5])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device"):
+                run.append("metrics.jsonl", {"step": 2})
+        run.append("metrics.jsonl", {"step": 3})
+        assert run.read("metrics.jsonl") == [{"step": 1}, {"step": 3}]

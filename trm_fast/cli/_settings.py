@@ -1,0 +1,183 @@
+"""Settings of a run from a preset, the run that is resumed, a YAML file and flags."""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+from trm_fast.cli import suggest
+from trm_fast.recipes._config import from_json, leaves, replaced
+
+
+class Options(NamedTuple):
+    """What a command line of ``trm-fast train`` asks for.
+
+    Args:
+        config: settings of the recipe.
+        resume, overwrite, dry_run: the flags of these names.
+    """
+
+    config: Any
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+
+
+# What may differ between a run and its continuation: it changes nothing that was computed.
+_MAY_CHANGE = (
+    "steps", "iterations", "epochs", "log_every", "evaluate_every", "save_every", "keep_last",
+    "tracker", "device", "out", "plot", "stop_at_target", "target", "patience",
+)  # fmt: skip
+
+
+def read_options(recipe: str, module: ModuleType, argv: list[str]) -> Options:
+    """Reads a command line; later words win, and all win over the preset.
+
+    Args:
+        recipe: name of the recipe.
+        module: of the recipe.
+        argv: what follows the name of the recipe.
+
+    Raises:
+        ValueError: a setting is unknown or wrong, or flags contradict each other.
+    """
+    who = f"train {recipe}"
+    argv = list(_without_set(who, argv))
+    presets = module.PRESETS[recipe]
+    first = _flags(who, next(iter(presets.values())), presets, argv)
+    if first.resume and first.overwrite:
+        raise ValueError(f"{who}: give one of --resume and --overwrite; got both")
+    base = _base(who, presets, first)
+    parser = _parser(who, base, presets)
+    values = parser.parse_args(argv)
+    changes = {name: values[name] for name, _ in leaves(base)}
+    config = replaced(base, changes)
+    if first.resume:
+        _check_resumed(who, base, config)
+    return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
+
+
+def _without_set(who: str, argv: list[str]) -> Iterator[str]:
+    """Turns "--set a.b=c" and "--set=a.b=c" into "--a.b=c"."""
+    words = iter(argv)
+    for word in words:
+        if word != "--set" and not word.startswith("--set="):
+            yield word
+            continue
+        given = next(words, "") if word == "--set" else word.removeprefix("--set=")
+        name, equals, _ = given.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {given!r}")
+        yield f"--{given}"
+
+
+def _flags(who: str, default: Any, presets: dict[str, Any], argv: list[str]) -> Any:
+    """Reads a command line only for what decides where the settings start."""
+    return _parser(who, default, presets).parse_args(argv)
+
+
+def _base(who: str, presets: dict[str, Any], flags: Any) -> Any:
+    name = flags.preset or next(iter(presets))
+    if name not in presets:
+        raise ValueError(f"{who}: unknown preset {name!r}{suggest(name, presets)}")
+    found = Path(flags.out) / "config.json" if flags.out else None
+    if not flags.resume or found is None or not found.is_file():
+        return presets[name]
+    if flags.preset:
+        raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
+    recipe, found = who.split()[-1], read_json(Path(flags.out) / "run.json")["name"]
+    if found != recipe:
+        raise ValueError(f"{who}: --out must be a run of {recipe} to resume; got one of {found}")
+    return from_json(type(presets[name]), read_json(Path(flags.out) / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file that a run has written.
+
+    Raises:
+        ValueError, OSError: it is not there, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON; got {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must be a JSON object; got {type(found).__name__}")
+    return found
+
+
+def _check_resumed(who: str, run: Any, now: Any) -> None:
+    before = dict(leaves(run))
+    for name, value in leaves(now):
+        if value != before[name] and name.rpartition(".")[2] not in _MAY_CHANGE:
+            raise ValueError(
+                f"{who}: {name} must be {before[name]!r} as in the run that is resumed; "
+                f"got {value!r}"
+            )
+
+
+def _parser(who: str, config: Any, presets: dict[str, Any]) -> Any:
+    from jsonargparse import ArgumentParser
+
+    names = [name for name, _ in leaves(config)]
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise ValueError(f"{who}: {_plain(message, names)}") from ex
+
+    summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]
+    parser = Parser(prog=f"trm-fast {who}", description=summary, allow_abbrev=False)
+    known = ", ".join(presets)
+    parser.add_argument("--preset", default="", help=f"settings to start from: {known}")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that is there")
+    parser.add_argument("--dry-run", action="store_true", help="show all settings, take one step")
+    parser.add_argument("--config", action="config", help="YAML or JSON file with settings")
+    # Read by _without_set; here for --help.
+    parser.add_argument("--set", metavar="NAME=VALUE", help="the same as --NAME VALUE")
+    for name, value, kind, help in _fields(config):
+        # argparse formats help texts with %.
+        parser.add_argument(f"--{name}", type=kind, default=value, help=help.replace("%", "%%"))
+    return parser
+
+
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yields dotted name, value, type and description of every setting."""
+    kinds, docs = get_type_hints(type(config)), field_docs(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value, kinds[field.name], docs[field.name]
+
+
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """Reads the description of each field from the ``Args`` of the docstrings of a dataclass and
+    its bases."""
+    texts = [inspect.cleandoc(kind.__doc__ or "") for kind in config.__mro__]
+    docs = {}
+    for field in dataclasses.fields(config):
+        pattern = rf"^    {field.name}: (.+(?:\n {{8}}.+)*)"
+        found = [match for text in texts if (match := re.search(pattern, text, re.MULTILINE))]
+        docs[field.name] = " ".join(found[0][1].split()) if found else ""
+    return docs
+
+
+def _plain(message: str, fields: list[str]) -> str:
+    """Puts a message of jsonargparse in our words: flag first, plain type names, a suggestion."""
+    message = " ".join(message.split())
+    unknown = re.match(r"[Uu]nrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message)
+    if unknown:
+        word = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
+        return f"unknown field {word!r}{suggest(word, fields)}"
+    if message.startswith("Unexpected config"):
+        # Its rest is the whole file.
+        return "--config: expected a file with one 'field: value' per line"
+    message = re.sub(r'^Parser key "(\S+)":', r"--\1:", message)
+    message = re.sub(r"a typing\.Literal\[(.+?)\]", r"one of \1", message)
+    return re.sub(r"<class '(\w+)'>", r"\1", message)

@@ -1,0 +1,155 @@
+"""File operations of a run: whole, synced, renamed into place; no link is followed."""
+
+import hashlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp-"  # whatever starts so is unfinished and belongs to nobody after a crash
+# Small tensors are written together: one call per tensor would cost more than its bytes.
+BLOCK = 1 << 20
+
+
+@contextmanager
+def explained(who: str, path: Path) -> Iterator[None]:
+    """Turns an OSError into one line with the path; its errno stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        told = OSError(f"{who}: {error.filename or path}: {error.strerror}")
+        told.errno = error.errno
+        raise told from error
+
+
+def temporary(directory: Path) -> Path:
+    """Returns a name in ``directory`` that nothing has."""
+    return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Writes and syncs a file that must not exist; returns its size and sha256."""
+    size, digest = 0, hashlib.sha256()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        for block in _blocks(pieces):
+            digest.update(block)
+            write_all(handle, block)
+            size += len(block)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return size, digest.hexdigest()
+
+
+def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
+    held = bytearray()
+    for piece in pieces:
+        if len(held) + len(piece) < BLOCK:
+            held += piece
+            continue
+        yield held
+        held = bytearray()
+        yield piece
+    yield held
+
+
+def write_all(handle: int, block: bytes | bytearray | memoryview) -> None:
+    rest = memoryview(block)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Gives a file new contents: after a crash it has the old ones or all of the new ones."""
+    unfinished = temporary(path.parent)
+    try:
+        write_new(unfinished, [data])
+        os.replace(unfinished, path)
+    except BaseException:
+        remove(unfinished)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory, durably, unless it is there."""
+    if not path.is_dir():
+        os.mkdir(path)
+        sync_directory(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a directory with what is in it; what cannot go stays."""
+    if path.is_symlink() or not path.is_dir():
+        _unlink(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _unlink(path: Path) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def remove_unfinished(directory: Path) -> list[str]:
+    """Deletes what a crash left in ``directory`` and returns the names."""
+    if not directory.is_dir():
+        return []
+    names = sorted(name for name in os.listdir(directory) if name.startswith(TEMPORARY))
+    for name in names:
+        remove(directory / name)
+    return names
+
+
+def file_size(path: Path) -> int:
+    """Returns the size of a regular file; anything else, also a link, is a ValueError."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} must exist; got no such file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} must be a regular file; got {_kind(status.st_mode)}")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    return {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory"}.get(
+        stat.S_IFMT(mode), "a special file"
+    )
+
+
+def read(path: Path, limit: int) -> bytes:
+    """Returns the contents of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        ValueError: there is no such file, it is a link or no file, or it is larger.
+    """
+    size = file_size(path)
+    if size > limit:
+        raise ValueError(f"{path.name} must have at most {limit} bytes; got {size}")
+    # For what may have come into its place since: no link, and a pipe does not block.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        return file.read(size)
+
+
+def sha256(data: bytes) -> str:
+    """Returns the sha256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,67 @@
+"""Sums of metrics on the device, read by the host once per interval."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_fast.train.objective import Metrics
+
+
+class Meter:
+    """Adds up sums and counts of metrics; a mean is their quotient.
+
+    Args:
+        device: of the sums.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # MPS has no float64.
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.totals: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, metrics: Metrics) -> None:
+        """Adds sums and counts; the names may differ from call to call."""
+        numbers = [number for pair in metrics.values() for number in pair]
+        if not numbers:
+            return
+        values = torch.stack([self._scalar(number) for number in numbers]).view(-1, 2)
+        key = "\n".join(metrics)
+        self.totals[key] = self.totals[key] + values if key in self.totals else values
+
+    def _scalar(self, number: Tensor | float) -> Tensor:
+        if isinstance(number, Tensor):
+            return number.detach().to(self.dtype)
+        return torch.tensor(number, dtype=self.dtype, device=self.device)
+
+    def means(self, reduce: Any = None) -> dict[str, float]:
+        """Returns the means, NaN where nothing was counted.
+
+        Args:
+            reduce: adds a tensor up over processes, in place; None for one process.
+        """
+        sums: dict[str, list[float]] = {}
+        for key in sorted(self.totals):
+            values = self.totals[key].clone()
+            if reduce is not None:
+                reduce(values)
+            for name, (total, count) in zip(key.split("\n"), values.tolist(), strict=True):
+                old = sums.get(name, [0.0, 0.0])
+                sums[name] = [old[0] + total, old[1] + count]
+        return {
+            name: total / count if count else float("nan") for name, (total, count) in sums.items()
+        }
+
+    def clear(self) -> None:
+        """Starts a new interval."""
+        self.totals = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums of the interval."""
+        return dict(self.totals)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the sums of an interval."""
+        self.totals = {key: values.to(self.device) for key, values in state.items()}

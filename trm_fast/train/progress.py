@@ -1,0 +1,98 @@
+"""``Progress``: a bar for a person, one line per interval for a file."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trm_fast.train.callbacks import Callback, Record
+
+if TYPE_CHECKING:
+    from trm_fast.train.config import Summary
+    from trm_fast.train.trainer import Trainer
+
+
+class Progress(Callback):
+    """Shows how a run goes: with rich on a terminal, else as lines of at most 200 bytes.
+
+    Args:
+        metrics: names of the metrics that are shown, where there are any.
+        every: updates between two lines at least; 0 shows every record.
+        bar: whether to draw a bar; None means if the output is a terminal. Needs rich.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] = ("loss", "accuracy", "exact_accuracy"),
+        every: int = 0,
+        bar: bool | None = None,
+    ) -> None:
+        self.metrics = tuple(metrics)
+        self.bar = sys.stdout.isatty() if bar is None else bar
+        self.every = every
+        self._last = 0
+        self._display: Any = None
+        self._task: Any = None
+
+    def on_start(self, trainer: "Trainer") -> None:
+        if not self.bar or not trainer.world.is_main:
+            return
+        from rich import progress
+
+        self._display = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[shown]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self._task = self._display.add_task(
+            "steps", total=trainer.config.steps, completed=trainer.step, shown=""
+        )
+        self._display.start()
+
+    def on_step(self, trainer: "Trainer") -> None:
+        if self._display is not None:
+            self._display.update(self._task, completed=trainer.step)
+
+    def on_log(self, trainer: "Trainer", record: Record) -> None:
+        shown = self._shown(record)
+        if self._display is not None:
+            self._display.update(self._task, shown=shown)
+        elif self._is_due(record):
+            pace = f"{record['steps_per_second']:.3g} steps/s"
+            self._line(trainer, f"step {record['step']}/{trainer.config.steps}  {shown}  {pace}")
+
+    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
+        if self._is_due(record):
+            self._line(trainer, f"step {record['step']}: evaluation  {self._shown(record)}")
+
+    def on_event(self, trainer: "Trainer", record: Record) -> None:
+        self._line(trainer, f"step {record['step']}: {record['message']}")
+
+    def on_end(self, trainer: "Trainer", summary: "Summary") -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+
+    def _is_due(self, record: Record) -> bool:
+        step: int = record["step"]
+        if self.every and step != self._last and step // self.every == self._last // self.every:
+            return False
+        self._last = step
+        return True
+
+    def _shown(self, record: Record) -> str:
+        return "  ".join(f"{name} {record[name]:.4g}" for name in self.metrics if name in record)
+
+    def _line(self, trainer: "Trainer", line: str) -> None:
+        if not trainer.world.is_main:
+            return
+        if self._display is not None:
+            self._display.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, flush=True)
