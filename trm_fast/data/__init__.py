@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         sudoku_difficulty,
         sudoku_tokens,
     )
+    from trm_fast.data.vectors import SyntheticRecursiveDataset
 
 __all__ = [
     "ArcData",
@@ -48,6 +49,7 @@ __all__ = [
     "RowCounts",
     "Rows",
     "SudokuAugment",
+    "SyntheticRecursiveDataset",
     "arc_tasks",
     "build_arc",
     "check_sudoku",
@@ -100,6 +102,7 @@ _NAMES = {
     "pairs": ("PairFormat", "read_maze_csv", "read_pairs", "read_sudoku_csv"),
     "puzzles": ("PuzzleBatches", "PuzzleMetadata", "PuzzleSet", "evaluation_batches"),
     "rows": ("RowCounts", "Rows", "read_csv", "read_jsonl"),
+    "vectors": ("SyntheticRecursiveDataset",),
     "sudoku": (
         "SudokuAugment", "check_sudoku", "generate_sudoku", "solve_sudoku", "sudoku_difficulty",
         "sudoku_tokens",

@@ -7,7 +7,13 @@ if TYPE_CHECKING:
     from trm_fast.train._guard import NonFiniteError
     from trm_fast.train.batches import Batches, RepeatedBatches
     from trm_fast.train.callbacks import Callback, EarlyStopping, StopAtTarget
-    from trm_fast.train.checkpoint import Checkpoints
+    from trm_fast.train.checkpoint import (
+        CheckpointInfo,
+        Checkpoints,
+        Loaded,
+        read_checkpoint,
+        size_of,
+    )
     from trm_fast.train.config import Summary, TrainerConfig
     from trm_fast.train.objective import FunctionObjective, Objective, StepResult
     from trm_fast.train.progress import Progress
@@ -19,10 +25,12 @@ if TYPE_CHECKING:
 _HOME = {
     "Batches": "batches",
     "Callback": "callbacks",
+    "CheckpointInfo": "checkpoint",
     "Checkpoints": "checkpoint",
     "EarlyStopping": "callbacks",
     "FunctionObjective": "objective",
     "JointSupervision": "supervision",
+    "Loaded": "checkpoint",
     "NonFiniteError": "_guard",
     "Objective": "objective",
     "PerStepSupervision": "supervision",
@@ -35,15 +43,19 @@ _HOME = {
     "Tracker": "trackers",
     "Trainer": "trainer",
     "TrainerConfig": "config",
+    "read_checkpoint": "checkpoint",
+    "size_of": "checkpoint",
 }
 
 __all__ = [
     "Batches",
     "Callback",
+    "CheckpointInfo",
     "Checkpoints",
     "EarlyStopping",
     "FunctionObjective",
     "JointSupervision",
+    "Loaded",
     "NonFiniteError",
     "Objective",
     "PerStepSupervision",
@@ -56,6 +68,8 @@ __all__ = [
     "Tracker",
     "Trainer",
     "TrainerConfig",
+    "read_checkpoint",
+    "size_of",
 ]
 
 

@@ -190,7 +190,6 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(found)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         # torch says in words and exception types that differ by device why it cannot be used.
@@ -198,4 +197,6 @@ def _device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f"Trainer: device must be auto or one that torch can use; got {device!r} ({reason})"
         ) from error
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
     return found
