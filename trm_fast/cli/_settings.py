@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, get_type_hints
@@ -59,6 +59,29 @@ def read_options(recipe: str, module: ModuleType, argv: list[str]) -> Options:
     if first.resume:
         _check_resumed(who, base, config)
     return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
+
+
+def changed(who: str, config: Any, words: Iterable[str]) -> Any:
+    """Returns settings with some of them replaced.
+
+    Args:
+        who: begins the messages.
+        config: settings of a recipe.
+        words: "NAME=VALUE", with dotted names.
+
+    Raises:
+        ValueError: there is no such setting, or its value is wrong.
+    """
+    known = [name for name, _ in leaves(config)]
+    given = list(words)
+    for word in given:
+        name, equals, _ = word.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {word!r}")
+        if name not in known:
+            raise ValueError(f"{who}: unknown field {name!r}{suggest(name, known)}")
+    values = _parser(who, config, {}).parse_args([f"--{word}" for word in given])
+    return replaced(config, {name: values[name] for name in known})
 
 
 def _without_set(who: str, argv: list[str]) -> Iterator[str]:

