@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
     if trainer.world.is_main:
         for line in module.finish(trainer, summary):
             print(line)
-    return 128 + summary.signal if summary.signal else 0
+    if summary.signal is None:
+        return 0
+    if trainer.world.is_main:
+        print(f"go on: trm-fast train {args.recipe} --out {trainer.out} --resume")
+    return 128 + summary.signal
 
 
 def _rehearse(config: Any, trainer: Any) -> int:
