@@ -56,7 +56,7 @@ def read_options(recipe: str, module: ModuleType, argv: list[str]) -> Options:
     values = parser.parse_args(argv)
     changes = {name: values[name] for name, _ in leaves(base)}
     config = replaced(base, changes)
-    if first.resume:
+    if _resumes(who, first):
         _check_resumed(who, base, config)
     return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
 
@@ -107,8 +107,7 @@ def _base(who: str, presets: dict[str, Any], flags: Any) -> Any:
     name = flags.preset or next(iter(presets))
     if name not in presets:
         raise ValueError(f"{who}: unknown preset {name!r}{suggest(name, presets)}")
-    found = Path(flags.out) / "config.json" if flags.out else None
-    if not flags.resume or found is None or not found.is_file():
+    if not _resumes(who, flags):
         return presets[name]
     if flags.preset:
         raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
@@ -116,6 +115,13 @@ def _base(who: str, presets: dict[str, Any], flags: Any) -> Any:
     if found != recipe:
         raise ValueError(f"{who}: --out must be a run of {recipe} to resume; got one of {found}")
     return from_json(type(presets[name]), read_json(Path(flags.out) / "config.json"))
+
+
+def _resumes(who: str, flags: Any) -> bool:
+    """Returns whether there is a run to be resumed."""
+    if flags.resume and not flags.out:
+        raise ValueError(f"{who}: --resume needs --out, the directory of the run")
+    return bool(flags.resume) and (Path(flags.out) / "config.json").is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if trainer.world.is_main:
         print(f"go on: trm-fast train {args.recipe} --out {trainer.out} --resume")
-    return 128 + summary.signal
+    code: int = 128 + summary.signal
+    return code
 
 
 def _rehearse(config: Any, trainer: Any) -> int:

@@ -47,18 +47,23 @@ class NonFiniteGuard:
             return
         found = torch.stack(self._verdicts).tolist()
         names, self._verdicts, self._names = self._names, [], []
+        full = ""
         for finite, name in zip(found, names, strict=True):
             if finite:
                 self._row.clear()
                 continue
             self.skipped += 1
-            self._row = [*self._row, name][-self.limit :]
+            self._row.append(name)
             report(f"skipped a step: loss or gradient is not finite; batch: {name}")
-            if self.policy == "stop" and len(self._row) >= self.limit:
-                raise NonFiniteError(
-                    f"Trainer: the loss and gradients must be finite; got {self.limit} steps in a "
-                    f"row where they are not, with the batches: {'; '.join(self._row)}"
-                )
+            if len(self._row) == self.limit:
+                full = full or "; ".join(self._row)
+                # A run that is taken up again is given as many once more.
+                self._row.clear()
+        if full and self.policy == "stop":
+            raise NonFiniteError(
+                f"Trainer: the loss and gradients must be finite; got {self.limit} steps in a row "
+                f"where they are not, with the batches: {full}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts; call ``check`` before."""

@@ -1,4 +1,4 @@
-"""A polite stop: SIGINT and SIGTERM end a run after the step that is under way."""
+"""A polite stop: SIGINT, SIGTERM and SIGHUP end a run after the step that is under way."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_CAUGHT = (signal.SIGINT, signal.SIGTERM)
+_CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -23,7 +23,8 @@ class StopRequest:
 
 @contextmanager
 def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request; the second does what it always did.
+    """Turns the first of these signals into a request; the second does what it always did. What the
+    process ignores, as under nohup, stays ignored.
 
     Args:
         say: is given one line for the person who waits.
@@ -36,6 +37,8 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
         yield request
         return
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _CAUGHT}
+    # None belongs to a handler that is not Python's, which could not be given back.
+    before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -47,7 +50,7 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
         name = signal.Signals(number).name
         say(f"{name}: stopping after this step and saving; once more stops at once")
 
-    for number in _CAUGHT:
+    for number in before:
         signal.signal(number, catch)
     try:
         yield request

@@ -20,23 +20,26 @@ def snapshot(trainer: "Trainer") -> dict[str, Any]:
         "objective": trainer.objective.state_dict(),
         "generators": generators(world.device),
         "meter": trainer.meter.state_dict(),
+        "batches": trainer.batches.state_dict(),
     }
     state = {
         "model": whole(trainer.model.state_dict()),
         "optim": {str(i): whole(o.state_dict()) for i, o in enumerate(trainer.optimizers)},
-        "process": {str(rank): part for rank, part in enumerate(world.each(own))},
+        "process": {str(rank): part for rank, part in enumerate(world.collect(own))},
         "trainer": {
             "step": trainer.step,
             "seconds": trainer.elapsed(),
             "world_size": world.size,
-            "batches": trainer.batches.state_dict(),
+            "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
             "schedules": [schedule.state_dict() for schedule in trainer.schedules],
-            "callbacks": [_named(callback) for callback in trainer.callbacks],
+            "callbacks": [
+                {"name": type(callback).__name__, "state": callback.state_dict()}
+                for callback in _with_state(trainer)
+            ],
             "guard": trainer.guard.state_dict(),
             "metrics": dict(trainer.metrics),
             "evaluated_at": trainer.evaluated_at,
             "best": dict(trainer.best),
-            "stop_reason": trainer.stop_reason,
         },
     }
     if trainer.ema is not None and not trainer.ema.is_of_optimizer:
@@ -66,28 +69,30 @@ def restore(trainer: "Trainer", state: dict[str, Any]) -> str | None:
         trainer.ema.load_state_dict({**state["ema"], "average": loaded})
     run = state["trainer"]
     trainer.step, trainer.seconds = run["step"], run["seconds"]
-    trainer.batches.load_state_dict(run["batches"])
     for schedule, value in zip(trainer.schedules, run["schedules"], strict=True):
         schedule.load_state_dict(value)
-    for callback, value in zip(trainer.callbacks, run["callbacks"], strict=True):
+    for callback, value in zip(_with_state(trainer), run["callbacks"], strict=True):
         callback.load_state_dict(value["state"])
     trainer.guard.load_state_dict(run["guard"])
     trainer.metrics, trainer.best = run["metrics"], run["best"]
-    trainer.evaluated_at, trainer.stop_reason = run["evaluated_at"], run["stop_reason"]
-    if run["world_size"] != trainer.world.size:
+    trainer.evaluated_at = run["evaluated_at"]
+    same_world = run["world_size"] == trainer.world.size
+    own = state["process"][str(trainer.world.rank if same_world else 0)]
+    trainer.batches.load_state_dict(own["batches"])
+    if not same_world:
         return (
             f"the checkpoint is of {run['world_size']} processes, now there are "
             f"{trainer.world.size}: carry and random generators start anew"
         )
-    own = state["process"][str(trainer.world.rank)]
     trainer.objective.load_state_dict(own["objective"])
     trainer.meter.load_state_dict(own["meter"])
     set_generators(own["generators"], trainer.world.device)
     return None
 
 
-def _named(callback: Any) -> dict[str, Any]:
-    return {"name": type(callback).__name__, "state": callback.state_dict()}
+def _with_state(trainer: "Trainer") -> list[Any]:
+    """Returns the callbacks that keep something: the others may differ from run to run."""
+    return [callback for callback in trainer.callbacks if callback.state_dict()]
 
 
 def _check(trainer: "Trainer", state: dict[str, Any]) -> None:
@@ -99,17 +104,19 @@ def _check(trainer: "Trainer", state: dict[str, Any]) -> None:
                 f"Trainer: the checkpoint must be of the same model; it {what} {min(found)}"
             )
     for name, tensor in need.items():
-        if isinstance(tensor, Tensor) and tensor.shape != have[name].shape:
+        if isinstance(tensor, Tensor) and _kind(tensor) != _kind(have[name]):
             raise ValueError(
-                f"Trainer: {name} of the checkpoint must be {tuple(tensor.shape)} as in the model; "
-                f"got {tuple(have[name].shape)}"
+                f"Trainer: {name} of the checkpoint must be {_kind(tensor)} as in the model; "
+                f"got {_kind(have[name])}"
             )
     run = state["trainer"]
     averages = trainer.ema is not None and not trainer.ema.is_of_optimizer
     for what, now, saved in (
-        ("optimizers", len(trainer.optimizers), len(state["optim"])),
+        ("optimizers", [type(o).__name__ for o in trainer.optimizers], run["optimizers"]),
+        ("parameters in groups", [_sizes(o.param_groups) for o in trainer.optimizers],
+         [_sizes(saved["param_groups"]) for saved in state["optim"].values()]),
         ("schedules", len(trainer.schedules), len(run["schedules"])),
-        ("callbacks with a state", [type(c).__name__ for c in trainer.callbacks],
+        ("callbacks with a state", [type(c).__name__ for c in _with_state(trainer)],
          [callback["name"] for callback in run["callbacks"]]),
         ("averages of weights", int(averages), int("ema" in state)),
     ):  # fmt: skip
@@ -117,6 +124,14 @@ def _check(trainer: "Trainer", state: dict[str, Any]) -> None:
             raise ValueError(
                 f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {saved}"
             )
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:

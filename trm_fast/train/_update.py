@@ -79,6 +79,8 @@ class Update:
         else:
             self.objective.skipped(finite)
         for optimizer in self.optimizers:
+            for name in ("found_inf", "grad_scale"):
+                optimizer.__dict__.pop(name, None)
             optimizer.zero_grad()
         return finite
 
@@ -143,7 +145,5 @@ class Update:
             if found_inf is not None:
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
-            for name in ("found_inf", "grad_scale"):
-                optimizer.__dict__.pop(name, None)
         if self.ema is not None:
             self.ema.update(found_inf)

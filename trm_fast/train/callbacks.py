@@ -38,6 +38,9 @@ class Callback:
     def on_end(self, trainer: "Trainer", summary: "Summary") -> None:
         """After the last step and checkpoint, also of a run that was interrupted."""
 
+    def close(self) -> None:
+        """After everything else, also if an error has ended the run: gives back what it holds."""
+
     def state_dict(self) -> dict[str, Any]:
         """Returns plain values and tensors."""
         return {}
@@ -73,16 +76,22 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.waited = 0
 
+    def on_start(self, trainer: "Trainer") -> None:
+        self._judge(trainer)
+
     def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
         value = metric(record, self.monitor, "EarlyStopping: monitor")
         if self.best is None or is_better(value, self.best, self.mode, self.min_delta):
             self.best, self.waited = value, 0
-            return
-        self.waited += 1
+        else:
+            self.waited += 1
+        self._judge(trainer)
+
+    def _judge(self, trainer: "Trainer") -> None:
         if self.waited >= self.patience:
             trainer.stop(
                 f"{self.monitor} has not become better than {self.best:.6g} "
-                f"in {self.patience} evaluations"
+                f"in {self.waited} evaluations"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,6 +112,11 @@ class StopAtTarget(Callback):
 
     def __init__(self, monitor: str, target: float, mode: Mode = "max") -> None:
         self.monitor, self.target, self.mode = monitor, target, mode
+
+    def on_start(self, trainer: "Trainer") -> None:
+        # A run that had reached it has, unless the target is another one now.
+        if trainer.evaluated_at == trainer.step and trainer.metrics:
+            self.on_evaluate(trainer, trainer.metrics)
 
     def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
         value = metric(record, self.monitor, "StopAtTarget: monitor")

@@ -3,7 +3,9 @@
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -55,17 +57,23 @@ class World:
         """Returns the model to be called: itself, in DDP, or sharded in place by FSDP2."""
         if self.size == 1 and strategy == "ddp":
             return model
+        self._give_out(model)
         if strategy == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
             # Buffers are constants here, or rows that every process moves alike.
-            return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            known = signature(DistributedDataParallel).parameters
+            renamed = "forward_sync_buffers"
+            options: dict[str, Any] = {renamed if renamed in known else "broadcast_buffers": False}
+            return DistributedDataParallel(model, device_ids=ids, **options)
         mesh = init_device_mesh(self.device.type, (self.size,))
         # A recursion calls its network many times in one forward pass: gathered once, kept.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        for name in ("step", "predict"):
-            if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
         return model
+
+    def _give_out(self, model: nn.Module) -> None:
+        """Gives every process the weights and buffers of the first one."""
+        for tensor in model.state_dict().values() if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def add_up(self, tensor: Tensor) -> None:
         """Adds a tensor up over the processes, in place."""
@@ -97,30 +105,30 @@ class World:
 
     def gather_rows(self, tensors: Iterable[Tensor]) -> None:
         """Gives every process the sparse gradients of all: the rows of a puzzle table, which DDP
-        does not know. Each process has equally many rows."""
+        does not know. On a GPU each process must have equally many rows."""
         if self.size == 1:
             return
         for tensor in tensors:
             grad = tensor.grad
             if grad is None or not grad.is_sparse:
                 continue
-            indices, values = self._gathered(grad._indices()[0]), self._gathered(grad._values())
+            rows, values = self._padded(grad._indices()[0], grad._values())
+            rows, values = torch.cat(self._gathered(rows)), torch.cat(self._gathered(values))
             tensor.grad = torch.sparse_coo_tensor(
-                torch.cat(indices)[None], torch.cat(values) / self.size, grad.shape
+                rows[None], values / self.size, grad.shape, check_invariants=False
             )
 
-    def each(self, state: Any) -> list[Any]:
-        """Returns a nested state of every process; tensors have the same shapes in all of them, and
-        other values are those of this one."""
-        if self.size == 1:
-            return [state]
-        copies: list[dict[int, Tensor]] = [{} for _ in range(self.size)]
-        leaves: list[Tensor] = []
-        numbered = tree_map(lambda leaf: _numbered(leaf, leaves), state)
-        for place, leaf in enumerate(leaves):
-            for copy, value in zip(copies, self._gathered(leaf), strict=True):
-                copy[place] = value
-        return [_filled(numbered, copy) for copy in copies]
+    def _padded(self, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns as many rows as the process with most of them has. On the CPU, sums of sparse
+        gradients merge some equal rows; on a GPU none, and asking for their number would wait."""
+        if rows.device.type != "cpu":
+            return rows, values
+        missing = int(max(self._gathered(torch.tensor(len(rows))))) - len(rows)
+        # Zeros for a row that is there, so that no other one is taken for looked up.
+        return (
+            torch.cat([rows, rows[-1:].expand(missing)]),
+            torch.cat([values, values.new_zeros(missing, *values.shape[1:])]),
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """Returns a plain value of every process, in the order of their ranks."""
@@ -128,6 +136,32 @@ class World:
         if self.size > 1:
             dist.all_gather_object(found, value, group=self._control)
         return found
+
+    def collect(self, state: Any) -> list[Any]:
+        """Returns a nested state of each process, on the CPU, to the first one; the others get an
+        empty list."""
+        if self.size == 1:
+            return [state]
+        own = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, state)
+        found: list[Any] = [None] * self.size
+        dist.gather_object(own, found if self.is_main else None, group=self._control)
+        return found if self.is_main else []
+
+    def mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the means over processes, weighted by the "count" of each, if they have one. A
+        process that has counted nothing need not have the metrics."""
+        if self.size == 1:
+            return dict(metrics)
+        found = self.gather(metrics)
+        counts = [float(part.get("count", 1.0)) for part in found]
+        if not sum(counts):
+            return dict(found[0])
+        sums: dict[str, float] = {}
+        for part, count in zip(found, counts, strict=True):
+            for name, value in part.items() if count else ():
+                sums[name] = sums.get(name, 0.0) + value * count
+        means = {name: total / sum(counts) for name, total in sums.items()}
+        return means | ({"count": sum(counts)} if "count" in means else {})
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.detach().to(self.device).contiguous()
@@ -141,24 +175,6 @@ class World:
             dist.barrier(group=self._control)
 
 
-class _Place:
-    """Stands for a tensor of a nested state."""
-
-    def __init__(self, place: int) -> None:
-        self.place = place
-
-
-def _filled(state: Any, tensors: dict[int, Tensor]) -> Any:
-    return tree_map(lambda leaf: tensors[leaf.place] if isinstance(leaf, _Place) else leaf, state)
-
-
-def _numbered(leaf: Any, leaves: list[Tensor]) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaves.append(leaf)
-    return _Place(len(leaves) - 1)
-
-
 def whole(state: Any) -> Any:
     """Returns a nested state with sharded tensors gathered; every process must call it."""
     return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
@@ -169,6 +185,20 @@ def sharded_like(value: Any, like: Any) -> Any:
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Has the weights of an FSDP2 model gathered on every process, as they are at the beginning;
+    processes may then call it differently often. Other models are left alone."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        # Else the next step would go on with these weights, whatever has happened to them since.
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 def device_name(device: torch.device) -> str:

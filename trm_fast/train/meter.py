@@ -34,7 +34,8 @@ class Meter:
     def _scalar(self, number: Tensor | float) -> Tensor:
         if isinstance(number, Tensor):
             return number.detach().to(self.dtype)
-        return torch.tensor(number, dtype=self.dtype, device=self.device)
+        # Unlike torch.tensor, this copies nothing from the host.
+        return torch.full((), number, dtype=self.dtype, device=self.device)
 
     def means(self, reduce: Any = None) -> dict[str, float]:
         """Returns the means, NaN where nothing was counted.

@@ -2,13 +2,15 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from trm_fast.train.callbacks import Callback, Record
 
 if TYPE_CHECKING:
-    from trm_fast.train.config import Summary
     from trm_fast.train.trainer import Trainer
+
+_BYTES = 200  # of a line, with its end
 
 
 class Progress(Callback):
@@ -70,9 +72,6 @@ class Progress(Callback):
     def on_event(self, trainer: "Trainer", record: Record) -> None:
         self._line(trainer, f"step {record['step']}: {record['message']}")
 
-    def on_end(self, trainer: "Trainer", summary: "Summary") -> None:
-        self.close()
-
     def close(self) -> None:
         """Gives the terminal back."""
         if self._display is not None:
@@ -92,7 +91,16 @@ class Progress(Callback):
     def _line(self, trainer: "Trainer", line: str) -> None:
         if not trainer.world.is_main:
             return
+        line = _cut(line)
         if self._display is not None:
             self._display.console.print(line, highlight=False, markup=False)
-        else:
+            return
+        # A terminal that is gone, or a reader that has left, ends no run.
+        with suppress(OSError):
             print(line, flush=True)
+
+
+def _cut(line: str) -> str:
+    """Returns a line of at most 200 bytes with its end; events.jsonl has all of it."""
+    data = " ".join(line.split()).encode()
+    return line if len(data) < _BYTES else data[: _BYTES - 4].decode(errors="ignore") + "..."

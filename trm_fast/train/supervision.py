@@ -54,6 +54,9 @@ class PerStepSupervision(Objective):
             int(slot): Carry(**{name: _moved(value, device) for name, value in carry.items()})
             for slot, carry in state.items()
         }
+        if self.model.puzzles is not None:
+            for carry in self.carries.values():
+                self.model.puzzles.prepare(len(carry.halted))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from trm_fast.train.callbacks import Callback, Record
 
 if TYPE_CHECKING:
-    from trm_fast.train.config import Summary
     from trm_fast.train.trainer import Trainer
 
 _NOT_METRICS = ("kind", "step", "seconds")
@@ -46,14 +45,17 @@ class Tracker(Callback):
         if isinstance(kind, str) and kind not in _WRITERS:
             raise ValueError(f"Tracker: kind must be one of {', '.join(_WRITERS)}; got {kind!r}")
         self._make = _WRITERS[kind] if isinstance(kind, str) else kind
-        self._name = kind if isinstance(kind, str) else getattr(kind, "__name__", "tracker")
+        self._name = (
+            kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
+        )
         self._queue: queue.Queue[Record | None] = queue.Queue(_QUEUE)
         self._thread: threading.Thread | None = None
+        self._trainer: Trainer | None = None
         self._fault: str | None = None
 
     def on_start(self, trainer: "Trainer") -> None:
         if trainer.world.is_main:
-            self._fault = None
+            self._trainer, self._fault, self._queue = trainer, None, queue.Queue(_QUEUE)
             self._thread = threading.Thread(target=self._work, args=(trainer,), daemon=True)
             self._thread.start()
 
@@ -63,7 +65,7 @@ class Tracker(Callback):
             while (record := self._queue.get()) is not None:
                 writer.write(record["step"], _numbers(record))
             writer.close()
-        except Exception as error:
+        except BaseException as error:
             # Whatever a tracker does wrong must not end a run; the run says it.
             self._fault = f"{type(error).__name__}: {error}".partition("\n")[0]
 
@@ -85,9 +87,9 @@ class Tracker(Callback):
     def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
         self._put(trainer, record)
 
-    def on_end(self, trainer: "Trainer", summary: "Summary") -> None:
-        thread = self._thread
-        if thread is None:
+    def close(self) -> None:
+        thread, trainer = self._thread, self._trainer
+        if thread is None or trainer is None:
             return
         try:
             self._queue.put_nowait(None)
@@ -98,7 +100,7 @@ class Tracker(Callback):
             self._fault = f"it has not finished within {_PATIENCE:.0f} s"
         if self._fault is not None:
             trainer.event("tracker", f"{self._name} is switched off: {self._fault}")
-        self._thread = None
+        self._thread = self._trainer = None
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -1,12 +1,11 @@
 """``Trainer``: the loop of every recipe, from plain torch objects."""
 
 import math
-import sys
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -15,22 +14,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trm_fast._version import __version__
 from trm_fast.nn.prediction import evaluating
 from trm_fast.optim import WeightEMA
+from trm_fast.train._ending import ended
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._rng import fork_rng, seed_everything
+from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
 from trm_fast.train._snapshot import restore, snapshot
 from trm_fast.train._update import Update
-from trm_fast.train.batches import Batches, RepeatedBatches, to_device
+from trm_fast.train.batches import Batches, RepeatedBatches, take
 from trm_fast.train.callbacks import Callback, Record, is_better, metric
-from trm_fast.train.checkpoint import Checkpoints, size_of
 from trm_fast.train.config import Summary, TrainerConfig
-from trm_fast.train.distributed import World, device_name
+from trm_fast.train.distributed import World, gathered
 from trm_fast.train.meter import Meter
 from trm_fast.train.objective import FunctionObjective, Objective
-from trm_fast.train.run_directory import RunDirectory
 
 Optimizers = Optimizer | Sequence[Optimizer]
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -119,8 +117,8 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.name = name
         self.settings = settings or {}
-        self.files = tuple(files)
         self.out = None if out is None else Path(out)
+        self.files = RunFiles(self.out, self.world, ("run.json", *files), config.keep_last)
         self.meter = Meter(self.world.device)
         self.guard = NonFiniteGuard(self.world.device, config.on_nonfinite, config.max_nonfinite)
         self.step = 0
@@ -140,9 +138,7 @@ class Trainer:
         self.history: list[Record] = []
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
-        self._directory: RunDirectory | None = None
-        self._checkpoints: Checkpoints | None = None
-        self._saved: tuple[int, Path] | None = None
+        self._saved: tuple[int, int, Path] | None = None
         self._logged = (0, 0.0)
 
     def _average(self) -> WeightEMA | None:
@@ -160,8 +156,8 @@ class Trainer:
     def fit(self, resume: bool = False, overwrite: bool = False) -> Summary:
         """Trains until ``config.steps``, a callback's stop, the end of the batches, or a signal.
 
-        SIGINT and SIGTERM let the step that is under way finish and be saved. The random generators
-        of the process are given back as they were.
+        SIGINT, SIGTERM and SIGHUP let the step that is under way finish and be saved. The random
+        generators of the process are given back as they were.
 
         Args:
             resume: go on from the last valid checkpoint in ``out``, if there is one.
@@ -179,16 +175,23 @@ class Trainer:
         if resume and self.out is None:
             raise ValueError("Trainer: resume needs out, the directory of the run; got None")
         with ExitStack() as stack:
-            if self.out is not None:
-                self._open(self.out, stack, resume, overwrite)
+            stack.enter_context(self.files.opened(resume, overwrite))
             stack.enter_context(fork_rng(self.world.device))
             seed_everything(self.config.seed + self.world.rank)
+            request = stack.enter_context(graceful_stop(self._say))
+            self.stop_reason = None
             if resume:
                 self._load()
-            request = stack.enter_context(graceful_stop(self._say))
+            if self.world.size == 1:
+                self.files.require_space(snapshot(self))
+            self.files.write_json("config.json", self.settings or asdict(self.config))
+            self.files.write_json("run.json", describe(self))
+            self.files.write_json("summary.json", {})  # until the run ends
             for callback in self.callbacks:
+                stack.callback(callback.close)
                 callback.on_start(self)
             summary = self._train(request)
+            self.files.write_json("summary.json", ended(summary, self.world.device))
             for callback in self.callbacks:
                 callback.on_end(self, summary)
         return summary
@@ -205,55 +208,18 @@ class Trainer:
         self._update(batches, self.meter)
         return self.meter.means()["loss"]
 
-    def _open(self, out: Path, stack: ExitStack, resume: bool, overwrite: bool) -> None:
-        """Locks the directory of the run, checks it and writes its config.json."""
-        self._checkpoints = Checkpoints(out, keep_last=self.config.keep_last)
-        if not self.world.is_main:
-            return self.world.barrier()
-        directory = stack.enter_context(RunDirectory(out, files=("run.json", *self.files)))
-        stack.callback(setattr, self, "_directory", None)
-        if directory.existing() and not resume:
-            if not overwrite:
-                raise FileExistsError(
-                    f"Trainer: out must be a new or empty directory; got {out}, which holds a run. "
-                    "Choose another one, resume the run, or overwrite it"
-                )
-            directory.clear()
-        # Two are kept while the next one is written.
-        directory.require_space(3 * size_of(snapshot(self)) if self.world.size == 1 else 0)
-        self._directory = directory
-        if "config.json" not in directory.existing():
-            directory.write_json("config.json", self.settings or asdict(self.config))
-            directory.write_json("run.json", self.describe())
-        self.world.barrier()
-
     def _load(self) -> None:
         """Goes back to the last checkpoint that is whole, if there is any."""
-        assert self._checkpoints is not None
-        if not self._checkpoints.list():
+        loaded = self.files.load()
+        if loaded is None:
+            self.history = self.files.rewind(0)
             return self.event("started", "there is no checkpoint yet: starting at the beginning")
-        loaded = self._checkpoints.load("latest")
         lost = restore(self, loaded.state)
-        if self._directory is not None:
-            for name in ("metrics.jsonl", "events.jsonl"):
-                self._directory.truncate(name, loaded.step)
-            self.history = self._directory.read("metrics.jsonl")
+        self.history = self.files.rewind(loaded.step)
         for reason in (*loaded.skipped, *([lost] if lost else [])):
             self.event("checkpoint", reason)
         self.event("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")
-        self._saved = (self.step, loaded.path)
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what run.json says: the name of the run, versions, device, sizes."""
-        return {
-            "name": self.name,
-            "trm_fast": __version__,
-            "torch": torch.__version__,
-            "device": device_name(self.world.device),
-            "threads": torch.get_num_threads(),
-            "processes": self.world.size,
-            "parameters": sum(param.numel() for param in self.model.parameters()),
-        }
+        self._saved = (self.step, self.evaluated_at, loaded.path)
 
     def _train(self, request: StopRequest) -> Summary:
         """Runs the loop; says how it ended."""
@@ -284,24 +250,14 @@ class Trainer:
             for schedule in self.schedules:
                 schedule.step()
             self.step += 1
-            self.guard.note(finite, names)
+            self.guard.note(finite, f"step {self.step}{names}")
             for callback in self.callbacks:
                 callback.on_step(self)
             self._after_step()
             yield self.step
 
     def _next(self, iterator: Iterator[Any]) -> tuple[list[Any], str]:
-        """Returns the batches of one update, none if they have ended, and their names."""
-        batches, names = [], []
-        for batch in islice(iterator, self.config.accumulate):
-            batches.append(to_device(batch, self.world.device))
-            names.append(self._describe())
-        return batches, ", ".join(names)
-
-    def _describe(self) -> str:
-        describe = getattr(self.batches, "describe", None)
-        place = "" if describe is None else f", {describe()}"
-        return f"step {self.step + 1}{place}"
+        return take(iterator, self.batches, self.config.accumulate, self.world.device)
 
     def _after_step(self) -> None:
         """Does what is due after a step: the guard's look, metrics, evaluation, checkpoint."""
@@ -310,10 +266,18 @@ class Trainer:
             self._guarded()
         if logs:
             self._log()
-        if self._is_due(self.config.evaluate_every):
+        evaluates = self._is_due(self.config.evaluate_every)
+        saves = self._is_due(self.config.save_every)
+        if not evaluates and not saves:
+            return
+        began = self.elapsed()
+        if evaluates:
             self._evaluate()
-        if self._is_due(self.config.save_every):
+        if saves:
             self.save()
+        # Neither belongs to the pace of the steps.
+        step, seconds = self._logged
+        self._logged = (step, seconds + self.elapsed() - began)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
@@ -322,9 +286,12 @@ class Trainer:
         try:
             self.guard.check(lambda line: self.event("skipped", line))
         except NonFiniteError as error:
-            # Nothing was changed by the steps that were skipped, so nothing is lost.
             self.event("stopped", str(error))
-            self.save()
+            try:
+                # Nothing was changed by the steps that were skipped, so nothing is lost.
+                self.save()
+            except ValueError as reason:
+                self.event("checkpoint", f"not written: {reason}")
             raise
 
     def _log(self) -> None:
@@ -352,20 +319,9 @@ class Trainer:
             raise ValueError("Trainer: evaluate() needs the argument evaluate; got None")
         averaged = nullcontext() if self.ema is None else self.ema.swapped()
         with evaluating(self.model), fork_rng(self.world.device), torch.no_grad(), averaged:
-            found = self.evaluator(self.model)
-        return self._combined(found)
-
-    def _combined(self, found: dict[str, float]) -> dict[str, float]:
-        """Returns the means over processes, weighted by what each has counted."""
-        if self.world.size == 1:
-            return dict(found)
-        count = found.get("count", 1.0)
-        sums = {name: value * count for name, value in found.items() if name != "count"}
-        numbers = torch.tensor([*sums.values(), count], device=self.world.device)
-        self.world.add_up(numbers)
-        *totals, total = numbers.tolist()
-        means = {name: value / max(total, 1e-30) for name, value in zip(sums, totals, strict=True)}
-        return means | ({"count": total} if "count" in found else {})
+            with gathered(self.wrapped):
+                found = self.evaluator(self.model)
+        return self.world.mean({name: float(value) for name, value in found.items()})
 
     def _evaluate(self) -> None:
         """Evaluates, keeps what is best, and tells everyone."""
@@ -389,10 +345,11 @@ class Trainer:
         if not monitor:
             return False
         value = metric(record, monitor, "Trainer: monitor")
-        return not self.best or is_better(value, self.best[monitor], self.config.mode)
+        best = self.best.get(monitor, math.nan)
+        return math.isfinite(value) and is_better(value, best, self.config.mode)
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of this step, unless there is one; it is durable on return.
+        """Writes a checkpoint, unless there is one of what is now; it is durable on return.
 
         Returns:
             Its directory, or None if the trainer writes nothing.
@@ -401,28 +358,33 @@ class Trainer:
             OSError: it cannot be written; earlier ones are as they were.
             ValueError: a weight or state of an optimizer is not finite.
         """
-        if self._checkpoints is None or (self._saved and self._saved[0] == self.step):
-            return self._saved[1] if self._saved else None
+        now = (self.step, self.evaluated_at)
+        checkpoints = self.files.checkpoints
+        if checkpoints is None:
+            return None
+        if self._saved is not None and self._saved[:2] == now:
+            return self._saved[2]
         if self._update.on_device:
             self._guarded()
         state = snapshot(self)
         if self.world.is_main:
-            path = self._checkpoints.save(
+            path = checkpoints.save(
                 self.step, state, score=self._score(), summary=dict(self.metrics)
             )
-            self._saved = (self.step, path)
+            self._saved = (*now, path)
             for callback in self.callbacks:
                 callback.on_save(self, path)
         else:
-            self._saved = (self.step, self._checkpoints.directory)
+            self._saved = (*now, checkpoints.directory)
         self.world.barrier()
-        return self._saved[1]
+        return self._saved[2]
 
     def _score(self) -> float | None:
         monitor = self.config.monitor
         if not monitor or self.evaluated_at != self.step:
             return None
-        return self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
+        score = self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
+        return score if math.isfinite(score) else None
 
     def _finish(self, signal: int | None) -> Summary:
         self._guarded()
@@ -449,18 +411,16 @@ class Trainer:
     def event(self, name: str, message: str) -> None:
         """Records something that must not pass in silence, in events.jsonl and for callbacks."""
         record = {"event": name, "step": self.step, "message": message}
-        self._write("events.jsonl", record)
+        self.files.append(EVENTS, record)
         for callback in self.callbacks:
             callback.on_event(self, record)
 
     def _record(self, record: Record) -> None:
         self.history.append(record)
-        self._write("metrics.jsonl", record)
-
-    def _write(self, name: str, record: Record) -> None:
-        if self._directory is not None and self.world.is_main:
-            self._directory.append(name, record)
+        self.files.append(METRICS, record)
 
     def _say(self, line: str) -> None:
+        # A handler of signals may have interrupted a print, which must not be entered twice.
         if self.world.is_main:
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):
+                os.write(2, f"{line}\n".encode())

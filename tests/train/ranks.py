@@ -1,0 +1,272 @@
+"""What two processes do for test_distributed.py; one process does the same for comparison."""
+
+import math
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trm_fast.data.puzzles import PuzzleBatches, PuzzleSet, evaluation_batches
+from trm_fast.nn import TinyRecursiveModel
+from trm_fast.optim import GrokFastAdamW, SparseSignSGD
+from trm_fast.train import (
+    Callback,
+    FunctionObjective,
+    JointSupervision,
+    PerStepSupervision,
+    StepResult,
+    Trainer,
+    TrainerConfig,
+)
+from trm_fast.train._snapshot import snapshot
+from trm_fast.train.distributed import World
+
+from .runs import _DATA, _MODEL
+
+ROWS = 8  # of a batch, over all processes
+IDS = 5
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepResult:
+    value = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    count = len(batch[1])
+    return StepResult(value, {"double": (2 * count * value, count)})
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def examples() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(4 * ROWS, 5, generator=generator, dtype=torch.float64)
+    return features, torch.randint(3, (4 * ROWS,), generator=generator)
+
+
+def parts(world: World) -> list[tuple[Tensor, Tensor]]:
+    """The rows of this process in each batch."""
+    own = ROWS // world.size
+    rows = slice(world.rank * own, (world.rank + 1) * own)
+    features, targets = examples()
+    pairs = zip(features.split(ROWS), targets.split(ROWS), strict=True)
+    return [(one[rows], other[rows]) for one, other in pairs]
+
+
+def small(strategy: str = "ddp", seed: int = 0, out: Path | None = None, **config: Any) -> Trainer:
+    world = World("cpu")
+    own = parts(world)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        # The first of two processes has nothing to evaluate, and does not even call the model.
+        rows = own[: 2 * world.rank] if world.size > 1 else [(a[4:], b[4:]) for a, b in own[:2]]
+        if not rows:
+            return {"count": 0.0}
+        return {"count": 8.0, "value": sum(float(loss(model, pair).loss) for pair in rows) / 2}
+
+    options = {"lr": 0.01, "foreach": False}
+    settings = {"steps": 8, "log_every": 3, "evaluate_every": 3, "clip_norm": 0.2, "ema": 0.8}
+    return Trainer(
+        network(seed),
+        lambda model: torch.optim.AdamW(model.parameters(), **options),
+        own,
+        loss,
+        TrainerConfig(strategy=strategy, **{**settings, **config}),
+        evaluate=evaluate,
+        out=out,
+        device=world,
+    )
+
+
+def puzzles(split: PuzzleSet) -> PuzzleSet:
+    ids = np.arange(len(split.puzzle_identifiers), dtype=np.int32) % IDS
+    metadata = replace(split.metadata, num_puzzle_identifiers=IDS)
+    return replace(split, puzzle_identifiers=ids, metadata=metadata)
+
+
+def trm(supervision: str, strategy: str = "ddp", **config: Any) -> Trainer:
+    world = World("cpu")
+    data = _DATA.load()
+    torch.manual_seed(0)
+    fitted = replace(
+        _MODEL, num_puzzle_identifiers=IDS, puzzle_emb_ndim=8, puzzle_emb_len=1,
+        halt_exploration_prob=0.0, forward_dtype="float64",
+    )  # fmt: skip
+    model = TinyRecursiveModel(fitted).double()
+    train = puzzles(data.train)
+    objective: Any = PerStepSupervision(model)
+    if supervision == "joint":
+        objective = JointSupervision(model, 3)
+    rows = evaluation_batches(puzzles(data.test), 5, world.rank, world.size)
+    return Trainer(
+        model,
+        lambda model: [
+            GrokFastAdamW(model.parameters(), lr=0.01, weight_ema=0.9, filter="ema"),
+            SparseSignSGD([model.puzzles.table], lr=0.01),
+        ],
+        PuzzleBatches(train, ROWS, rank=world.rank, world_size=world.size),
+        objective,
+        TrainerConfig(**{"steps": 5, "evaluate_every": 2, "strategy": strategy, **config}),
+        evaluate=lambda model: model.evaluate(rows),
+        device=world,
+    )
+
+
+def shuffled(out: Path, *callbacks: Callback) -> Trainer:
+    """Each process shuffles rows of its own; dropout draws besides."""
+    world = World("cpu")
+    features, targets = examples()
+    own = slice(world.rank, None, world.size)
+    loader = DataLoader(TensorDataset(features[own], targets[own]), 4, shuffle=True)
+    model = nn.Sequential(network(), nn.Dropout(0.5))
+    return Trainer(
+        model,
+        lambda model: GrokFastAdamW(model.parameters(), lr=0.01, weight_ema=0.9),
+        loader,
+        loss,
+        TrainerConfig(steps=9, log_every=4, save_every=4),
+        callbacks=callbacks,
+        out=out,
+        device=world,
+    )
+
+
+def finished(trainer: Trainer) -> dict[str, Any]:
+    """What is compared: the state, whole, and the records."""
+    summary = trainer.fit()
+    state = snapshot(trainer)
+    average = trainer.ema.average if trainer.ema else {}
+    from trm_fast.train.distributed import whole
+
+    return {
+        "model": state["model"],
+        "average": whole(average),
+        "history": [
+            {k: v for k, v in r.items() if k not in ("seconds", "steps_per_second")}
+            for r in trainer.history
+        ],
+        "step": summary.step,
+        "skipped": summary.skipped,
+    }
+
+
+class AtStep(Callback):
+    """Does something in the second process after a step."""
+
+    def __init__(self, step: int, action: Callable[[Trainer], None]) -> None:
+        self.step, self.action = step, action
+
+    def on_step(self, trainer: Trainer) -> None:
+        if trainer.step == self.step and trainer.world.rank == 1:
+            self.action(trainer)
+
+
+def stopped(out: Path) -> int:
+    stop = AtStep(3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    summary = shuffled(out, stop).fit()
+    assert summary.signal == signal.SIGTERM
+    return summary.step
+
+
+def spoilt(strategy: str) -> dict[str, Any]:
+    """The second process has a loss that is not finite, in the third step."""
+    trainer = small(strategy, evaluate_every=0)
+
+    def spoilt_loss(model: nn.Module, batch: Any) -> StepResult:
+        found = loss(model, batch)
+        # The gradients are finite, so the other process sees nothing of it.
+        bad = trainer.step == 2 and trainer.world.rank == 1
+        return found._replace(loss=found.loss + math.nan) if bad else found
+
+    trainer._update.objective = FunctionObjective(spoilt_loss)
+    weights: list[Tensor] = []
+
+    class Keep(Callback):
+        def on_step(self, trainer: Trainer) -> None:
+            state = snapshot(trainer)["model"]
+            weights.append(torch.cat([value.flatten() for value in state.values()]))
+
+    trainer.callbacks.append(Keep())
+    return finished(trainer) | {"weights": weights}
+
+
+def gathered() -> dict[str, Any]:
+    world = World("cpu")
+    state = {"own": [torch.arange(world.rank + 1), world.rank, None, "x"]}
+    rank = float(world.rank)
+    return {
+        "states": world.collect(state),
+        "ranks": world.gather(world.rank),
+        "mean": world.mean({"count": 1 + 2 * rank, "a": rank, "b": 1.0}),
+        "missing": world.mean({"count": 2.0, "a": 7.0} if rank else {"count": 0.0}),
+        "nothing": world.mean({"count": 0.0}),
+        "plain": world.mean({"a": rank}),
+        "large": world.mean({"count": 2.0**24 + 1, "a": 1.0})["count"],
+        "agree": bool(world.all_agree(torch.tensor(world.rank == 0))),
+    }
+
+
+def crossed(directory: Path, strategy: str) -> dict[str, Any]:
+    """Takes up the checkpoint of one process, and saves it again without a step."""
+    trainer = small(strategy, out=directory / f"from-one-{strategy}", steps=4, evaluate_every=0)
+    summary = trainer.fit(resume=True)
+    state = snapshot(trainer)
+    return {
+        "model": state["model"],
+        "optim": state["optim"],
+        "ema": state["ema"],
+        "step": summary.step,
+    }
+
+
+SCENES: dict[str, Callable[[Path], Any]] = {
+    "gathered": lambda out: gathered(),
+    # The seeds differ: all processes must start from the weights of the first.
+    "ddp": lambda out: finished(small(seed=World("cpu").rank)),
+    "ddp, accumulated": lambda out: finished(small(accumulate=2)),
+    "fsdp2": lambda out: finished(small("fsdp2", seed=World("cpu").rank)),
+    "fsdp2, accumulated": lambda out: finished(small("fsdp2", accumulate=2)),
+    "per step": lambda out: finished(trm("per step")),
+    "per step, accumulated": lambda out: finished(trm("per step", accumulate=2, clip_norm=1.0)),
+    "joint": lambda out: finished(trm("joint")),
+    "per step, fsdp2": lambda out: finished(trm("per step", "fsdp2")),
+    "joint, fsdp2": lambda out: finished(trm("joint", "fsdp2")),
+    "whole": lambda out: shuffled(out / "whole").fit().step,
+    "stopped": lambda out: stopped(out / "parts"),
+    "resumed": lambda out: shuffled(out / "parts").fit(resume=True).step,
+    "spoilt": lambda out: spoilt("ddp"),
+    "spoilt, fsdp2": lambda out: spoilt("fsdp2"),
+    "from one": lambda out: crossed(out, "ddp"),
+    "from one, fsdp2": lambda out: crossed(out, "fsdp2"),
+    "to one": lambda out: finished(small(out=out / "to-one-ddp")),
+    "to one, fsdp2": lambda out: finished(small("fsdp2", out=out / "to-one-fsdp2")),
+}
+
+
+def play(rank: int, size: int, directory: Path) -> int:
+    """Does all of it and writes what came out, or the error, into ``directory``."""
+    store = f"file://{directory / 'store'}"
+    # An error in one process leaves the other waiting.
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20)
+    )
+    for name, scene in SCENES.items():
+        try:
+            found = {"value": scene(directory)}
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        torch.save(found, directory / f"{name}-{rank}.pt")
+        if "error" in found:
+            return 1
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,65 @@
+"""Means of metrics over intervals."""
+
+import math
+
+import pytest
+import torch
+
+from trm_fast.train.meter import Meter
+
+CPU = torch.device("cpu")
+
+
+def test_a_mean_is_the_sum_of_sums_over_the_sum_of_counts():
+    meter = Meter(CPU)
+    meter.add({"a": (6.0, 3), "b": (torch.tensor(1.0), torch.tensor(2))})
+    meter.add({"a": (torch.tensor(4.0), 1.0), "b": (0, 0)})
+    meter.add({"b": (torch.tensor(True), 2)})
+    assert meter.means() == {"a": 2.5, "b": 0.5}
+    meter.clear()
+    meter.add({"a": (1.0, 1)})
+    assert meter.means() == {"a": 1.0}
+
+
+def test_where_nothing_was_counted_the_mean_is_nan():
+    meter = Meter(CPU)
+    meter.add({"a": (0.0, 0.0)})
+    meter.add({})
+    assert math.isnan(meter.means()["a"]) and list(meter.means()) == ["a"]
+
+
+def test_sums_are_in_double_precision():
+    meter = Meter(CPU)
+    # In float32, 2^24 + 1 is 2^24.
+    meter.add({"a": (torch.tensor(2.0**24), 1)})
+    for _ in range(8):
+        meter.add({"a": (torch.tensor(1.0), 0)})
+    assert meter.means()["a"] == 2.0**24 + 8
+
+
+def test_an_interval_goes_on_where_it_was():
+    whole, part = Meter(CPU), Meter(CPU)
+    for value in (0.1, 0.2):
+        whole.add({"a": (value, 1), "c": (value, 3)})
+        part.add({"a": (value, 1), "c": (value, 3)})
+    other = Meter(CPU)
+    other.load_state_dict(part.state_dict())
+    for meter in (whole, other):
+        meter.add({"a": (0.3, 1)})
+    assert whole.means() == other.means()
+    assert other.means()["a"] == pytest.approx(0.2) and part.means()["a"] == pytest.approx(0.15)
+
+
+def test_no_graph_is_kept():
+    meter = Meter(CPU)
+    value = torch.ones((), requires_grad=True)
+    meter.add({"a": (value * 2, 1)})
+    assert not any(total.requires_grad for total in meter.totals.values())
+
+
+def test_processes_are_added_up():
+    meter = Meter(CPU)
+    meter.add({"a": (1.0, 1)})
+    meter.add({"a": (4.0, 1), "b": (6.0, 4)})
+    assert meter.means(lambda tensor: tensor.mul_(3)) == {"a": 2.5, "b": 1.5}
+    assert meter.means() == {"a": 2.5, "b": 1.5}  # the sums here are as they were
