@@ -10,7 +10,7 @@ import pytest
 
 from trm_fast import __version__
 from trm_fast._dispatch import BackendError
-from trm_fast.cli import COMMANDS, main, train
+from trm_fast.cli import COMMANDS, _settings, main, train
 from trm_fast.cli._settings import field_docs
 from trm_fast.recipes import RECIPES
 from trm_fast.recipes._config import leaves
@@ -145,10 +145,10 @@ def test_the_config_of_a_run_can_be_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lrr", "3"], "unknown field 'lrr'; did you mean 'lr'?"),
-        (["--lrr=3"], "unknown field 'lrr'; did you mean 'lr'?"),
-        (["--stop-at-target", "false"], "unknown field 'stop-at-target'; did you mean"),
-        (["--prim", "7"], "unknown field 'prim'; did you mean 'prime'?"),
+        (["--lrr", "3"], "unknown setting 'lrr'; did you mean 'lr'?"),
+        (["--lrr=3"], "unknown setting 'lrr'; did you mean 'lr'?"),
+        (["--stop-at-target", "false"], "unknown setting 'stop-at-target'; did you mean"),
+        (["--prim", "7"], "unknown setting 'prim'; did you mean 'prime'?"),
         (["--lr", "fast"], "--lr: Expected a float. Got value: fast"),
         (["--filter", "emma"], "--filter: Expected one of 'ema', 'ma', 'highpass', "),
         (["--betas", "[0.9]"], "--betas: Expected a tuple with 2 elements."),
@@ -163,9 +163,9 @@ def test_wrong_fields_are_one_line_and_write_nothing(tmp_path, capsys, flags, me
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prim: 7\n", "unknown field 'prim'; did you mean 'prime'?"),
+        ("prim: 7\n", "unknown setting 'prim'; did you mean 'prime'?"),
         ("lr: [1e-4\n", "Problems parsing config"),
-        ("- 1\n- 2\n", "--config: expected a file with one 'field: value' per line"),
+        ("- 1\n- 2\n", "--config: expected a file with one 'setting: value' per line"),
         ("lr: fast\n", "--lr: Expected a float. Got value: fast"),
     ],
 )
@@ -193,7 +193,7 @@ def test_an_existing_run_is_not_overwritten_silently(tmp_path, capsys):
     assert main(grokking(tmp_path)) == 0
     capsys.readouterr()
     text = error_of(capsys, *grokking(tmp_path))
-    assert "out must be a new or empty directory" in text and "overwrite" in text
+    assert "out must be a directory without a run" in text and "overwrite" in text
     assert main(grokking(tmp_path, "--overwrite")) == 0
 
 
@@ -215,7 +215,7 @@ def test_a_run_whose_loss_is_not_finite_exits_1(tmp_path, capsys):
     [
         (ValueError("a\n  b"), 2, "a b"),
         (TypeError("a"), 2, "a"),
-        (PermissionError(13, "Permission denied", "x"), 2, "[Errno 13] Permission denied: 'x'"),
+        (PermissionError(13, "Permission denied", "x"), 2, "x: Permission denied"),
         (BackendError("cpp: not built"), 2, "cpp: not built"),
         (FloatingPointError("nan"), 1, "nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
@@ -255,3 +255,8 @@ def test_another_missing_module_keeps_its_traceback(monkeypatch):
     raise_in_run(monkeypatch, ModuleNotFoundError("No module named 'x'", name="x"))
     with pytest.raises(ModuleNotFoundError):
         main(["train", "grokking"])
+
+
+@pytest.mark.parametrize("flags", [["--optional", "None"], ["--optional=None"]])
+def test_none_may_be_written_as_help_shows_it(flags):
+    assert list(_settings._without_set("train", flags))[-1].rpartition("=")[2] == "null"

@@ -153,12 +153,12 @@ def test_no_whole_checkpoint_is_an_error(run, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (sets("data.sed=1"), "eval: unknown field 'data.sed'; did you mean 'data.seed'?"),
-        (sets("config=other.yaml"), "eval: unknown field 'config'"),
-        (sets("batch=many"), "eval: --batch: Expected a int. Got value: many"),
+        (sets("data.sed=1"), "eval: unknown setting 'data.sed'; did you mean 'data.seed'?"),
+        (sets("config=other.yaml"), "eval: unknown setting 'config'"),
+        (sets("batch=many"), "eval: --batch: Expected an int. Got value: many"),
         (sets("batch"), "eval: --set must be followed by NAME=VALUE; got 'batch'"),
         (["--which", "first"], "eval: --which must be latest, best or a step; got 'first'"),
-        (["--which", "5"], "checkpoint: 5 of "),
+        (["--which", "5"], "checkpoint: step 5 of "),
         (["--data", "/nowhere"], "data: path must be a directory"),
         (sets("model.hidden_size=32"), "of the checkpoint must be "),
         (["--wich", "best"], "unrecognized arguments: --wich best"),
@@ -187,3 +187,8 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
     text = error_of(capsys, tmp_path / "nothing")
     assert text == f"eval: RUN must be the directory of a run; got {tmp_path / 'nothing'}"
     assert "run.json" in error_of(capsys, tmp_path)
+
+
+def test_a_directory_without_a_run_is_one_line(capsys, tmp_path):
+    told = f"{tmp_path / 'run.json'}: must be there, as in every run; got no such file"
+    assert error_of(capsys, tmp_path) == told

@@ -157,3 +157,13 @@ def test_lines_are_aligned_numbers_to_the_right():
 
 def test_printable_keeps_what_can_be_read():
     assert printable("é ✓\n\x00") == "é ✓??"
+
+
+def test_accuracies_in_percent_are_shown_as_such(tmp_path, capsys):
+    run = write(tmp_path / "run", name="classify")
+    with RunDirectory(run) as directory:
+        record = {"kind": "evaluation", "step": 20, "seconds": 9.0, "accuracy": 21.5}
+        directory.append("metrics.jsonl", record)
+    assert main(["report", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "21.50 %" in text and "2150" not in text

@@ -178,7 +178,7 @@ def test_lines_are_short_and_as_many_as_asked_for(tmp_path, capsys):
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     train(small(tmp_path, plot=True))
-    with pytest.raises(FileExistsError, match="out must be a new or empty directory"):
+    with pytest.raises(FileExistsError, match="out must be a directory without a run"):
         train(small(tmp_path))
     train(small(tmp_path, iterations=2), overwrite=True)
     assert [evaluation.iteration for evaluation in metrics_of(tmp_path)] == [1, 2]

@@ -182,6 +182,9 @@ def test_a_directory_of_csv_files_is_read(tmp_path):
         ({"data.size": 5}, "size must be 4, 6 or 9; got 5"),
         ({"optimizer.warmup": -1}, "optimizer: warmup must be >= 0; got -1"),
         ({"optimizer.min_ratio": 2.0}, r"optimizer: min_ratio must be in \[0, 1\]; got 2.0"),
+        ({"data.train": -3}, "data: train must be >= 1 where puzzles are made; got -3"),
+        ({"data.test": 0}, "data: test must be >= 1 where puzzles are made; got 0"),
+        ({"model.mlp_t": False, "model.num_heads": 3}, "num_heads must be a divisor of hidden_siz"),
         ({"batch": 0}, "batch_size must be >= 1; got 0"),
         ({"optimzer.lr": 1.0}, "unknown setting 'optimzer.lr'; did you mean 'optimizer.lr'"),
         ({"train.steps": -1}, "steps must be >= 0; got -1"),
@@ -272,7 +275,7 @@ def test_the_command_trains_resumes_and_refuses_other_settings(tmp_path, capsys)
     argv = ["train", "sudoku", *flags, "--set=data.clues=[6, 8]", "--out", str(out)]
     assert main(argv) == 0
     assert main(argv) == 2
-    assert "holds a run" in capsys.readouterr().err
+    assert "a directory without a run" in capsys.readouterr().err
     assert main(["train", "sudoku", "--out", str(out), "--resume", "--train.steps", "6"]) == 0
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps[-1] == 6
@@ -280,6 +283,15 @@ def test_the_command_trains_resumes_and_refuses_other_settings(tmp_path, capsys)
     assert "batch must be 4 as in the run that is resumed; got 5" in capsys.readouterr().err
     assert main(["train", "maze", "--out", str(out), "--resume"]) == 2
     assert "--out must be a run of maze to resume; got one of sudoku" in capsys.readouterr().err
+    (out / "run.json").write_text("{}")
+    assert main(["train", "sudoku", "--out", str(out), "--resume"]) == 2
+    assert "--out must be a run of sudoku to resume; got one of None" in capsys.readouterr().err
+    for name in ("run.json", "config.json"):
+        kept = (out / name).read_bytes()
+        (out / name).unlink()
+        assert main(["train", "sudoku", "--out", str(out), "--resume"]) == 2
+        assert f"{name}: must be there, as in every run; got no such" in capsys.readouterr().err
+        (out / name).write_text('{"name": "sudoku"}' if name == "run.json" else kept.decode())
 
 
 def test_a_dry_run_shows_settings_and_sizes_and_writes_nothing(tmp_path, capsys):

@@ -133,6 +133,11 @@ def test_lines_of_progress_are_short(tmp_path, capsys):
     assert "loss 1." in lines[0] and "accuracy 0." in lines[0] and "steps/s" in lines[0]
 
 
+def test_a_metric_of_nothing_is_a_dash_and_a_loss_that_is_none_is_told():
+    shown = Progress(("loss", "accuracy"), bar=False)._shown({"loss": NAN, "accuracy": NAN})
+    assert shown == "loss nan  accuracy -"
+
+
 def test_a_long_line_is_cut_to_200_bytes(tmp_path, capsys):
     class Tells(Callback):
         def on_step(self, trainer: Trainer) -> None:

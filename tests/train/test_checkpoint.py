@@ -86,8 +86,8 @@ def test_list_and_size_read_no_tensors(tmp_path, monkeypatch):
 def test_where_nothing_was_saved(tmp_path):
     checkpoints = Checkpoints(tmp_path / "missing")
     assert checkpoints.list() == [] and checkpoints.verify() == {}
-    for which in ("latest", "best", 3):
-        with pytest.raises(ValueError, match=f"checkpoint: {which} of .* must be whole; got none"):
+    for which, asked in (("latest", "latest"), ("best", "best"), (3, "step 3")):
+        with pytest.raises(ValueError, match=f"checkpoint: {asked} of .* must be whole; got none"):
             checkpoints.load(which)
     assert not (tmp_path / "missing").exists()
 

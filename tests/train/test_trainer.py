@@ -239,6 +239,13 @@ def test_an_unknown_metric_is_named():
         function_run(None, monitor="nothing").fit()
 
 
+def test_a_wrong_monitor_costs_no_step_that_was_taken(tmp_path):
+    with pytest.raises(ValueError, match="monitor must be a metric"):
+        function_run(tmp_path, monitor="nothing", evaluate_every=3).fit()
+    assert function_run(tmp_path, monitor="").fit(resume=True).step == STEPS
+    assert "resumed at step 3" in (tmp_path / "events.jsonl").read_text()
+
+
 def test_the_evaluation_of_an_interrupted_run_is_saved_when_it_is_taken_up(tmp_path):
     from ..interruptions import Interruption
 

@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing not in _EXTRAS:
             raise
         return _fail(f'{missing} is not installed: pip install "trm_fast[{_EXTRAS[missing]}]"', 2)
-    except (ValueError, TypeError, OSError, BackendError) as error:
+    except OSError as error:
+        # Without the number, which str() of it begins with.
+        plain = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(plain, 2)
+    except (ValueError, TypeError, BackendError) as error:
         return _fail(str(error), 2)
 
 

@@ -30,8 +30,10 @@ class Options(NamedTuple):
 # What may differ between a run and its continuation: it changes nothing that was computed.
 _MAY_CHANGE = (
     "steps", "iterations", "epochs", "log_every", "evaluate_every", "save_every", "keep_last",
-    "tracker", "device", "out", "plot", "stop_at_target", "target", "patience",
+    "monitor", "mode", "tracker", "device", "out", "plot", "stop_at_target", "target", "patience",
 )  # fmt: skip
+# Any of these tells that a directory holds a run.
+_OF_A_RUN = ("config.json", "run.json", "ckpt")
 
 
 def read_options(recipe: str, module: ModuleType, argv: list[str]) -> Options:
@@ -79,7 +81,7 @@ def changed(who: str, config: Any, words: Iterable[str]) -> Any:
         if not name or not equals:
             raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {word!r}")
         if name not in known:
-            raise ValueError(f"{who}: unknown field {name!r}{suggest(name, known)}")
+            raise ValueError(f"{who}: unknown setting {name!r}{suggest(name, known)}")
     values = _parser(who, config, {}).parse_args([f"--{word}" for word in given])
     return replaced(config, {name: values[name] for name in known})
 
@@ -89,13 +91,18 @@ def _without_set(who: str, argv: list[str]) -> Iterator[str]:
     words = iter(argv)
     for word in words:
         if word != "--set" and not word.startswith("--set="):
-            yield word
+            yield _null(word)
             continue
         given = next(words, "") if word == "--set" else word.removeprefix("--set=")
         name, equals, _ = given.partition("=")
         if not name or not equals:
             raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {given!r}")
-        yield f"--{given}"
+        yield _null(f"--{given}")
+
+
+def _null(word: str) -> str:
+    """Lets None be written as help and errors show it; the parser reads YAML, which has null."""
+    return "null" if word == "None" else f"{word[:-4]}null" if word.endswith("=None") else word
 
 
 def _flags(who: str, default: Any, presets: dict[str, Any], argv: list[str]) -> Any:
@@ -111,7 +118,7 @@ def _base(who: str, presets: dict[str, Any], flags: Any) -> Any:
         return presets[name]
     if flags.preset:
         raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
-    recipe, found = who.split()[-1], read_json(Path(flags.out) / "run.json")["name"]
+    recipe, found = who.split()[-1], read_json(Path(flags.out) / "run.json").get("name")
     if found != recipe:
         raise ValueError(f"{who}: --out must be a run of {recipe} to resume; got one of {found}")
     return from_json(type(presets[name]), read_json(Path(flags.out) / "config.json"))
@@ -121,7 +128,7 @@ def _resumes(who: str, flags: Any) -> bool:
     """Returns whether there is a run to be resumed."""
     if flags.resume and not flags.out:
         raise ValueError(f"{who}: --resume needs --out, the directory of the run")
-    return bool(flags.resume) and (Path(flags.out) / "config.json").is_file()
+    return bool(flags.resume) and any((Path(flags.out) / name).exists() for name in _OF_A_RUN)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,6 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: must be there, as in every run; got no such file") from None
     except ValueError as error:
         raise ValueError(f"{path}: must be JSON; got {error}") from None
     if not isinstance(found, dict):
@@ -161,7 +170,9 @@ def _parser(who: str, config: Any, presets: dict[str, Any]) -> Any:
     summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]
     parser = Parser(prog=f"trm-fast {who}", description=summary, allow_abbrev=False)
     known = ", ".join(presets)
-    parser.add_argument("--preset", default="", help=f"settings to start from: {known}")
+    parser.add_argument(
+        "--preset", default="", help=f"settings to start from: {known}; empty means the first one"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="remove the run that is there")
     parser.add_argument("--dry-run", action="store_true", help="show all settings, take one step")
@@ -203,10 +214,11 @@ def _plain(message: str, fields: list[str]) -> str:
     unknown = re.match(r"[Uu]nrecognized arguments: (\S+)|Option '(\S+)' is not accepted", message)
     if unknown:
         word = (unknown[1] or unknown[2]).lstrip("-").partition("=")[0]
-        return f"unknown field {word!r}{suggest(word, fields)}"
+        return f"unknown setting {word!r}{suggest(word, fields)}"
     if message.startswith("Unexpected config"):
         # Its rest is the whole file.
-        return "--config: expected a file with one 'field: value' per line"
+        return "--config: expected a file with one 'setting: value' per line"
     message = re.sub(r'^Parser key "(\S+)":', r"--\1:", message)
     message = re.sub(r"a typing\.Literal\[(.+?)\]", r"one of \1", message)
-    return re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return message.replace("Expected a int", "Expected an int")

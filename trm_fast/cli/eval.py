@@ -77,8 +77,9 @@ def _built(args: argparse.Namespace) -> "tuple[Trainer, str]":
         raise ValueError(f"eval: {args.run / 'run.json'}: unknown recipe {name!r}{hint}")
     module = import_module(RECIPES[name].module)
     kind = type(next(iter(module.PRESETS[name].values())))
+    settings = read_json(args.run / "config.json")
     try:
-        config = from_json(kind, read_json(args.run / "config.json"))
+        config = from_json(kind, settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"eval: {args.run / 'config.json'}: {error}") from None
     known = dict(leaves(config))
@@ -108,11 +109,13 @@ def _plain(run: Path, loaded: "Loaded", metrics: dict[str, float], data: str) ->
 def _show(trainer: "Trainer", loaded: "Loaded", metrics: dict[str, float], data: str) -> None:
     from trm_fast.cli._tables import printable, show
     from trm_fast.train._report_tables import Table, metric_text
+    from trm_fast.train.report import as_shares
 
     for reason in loaded.skipped:
         print(printable(f"passed over: {reason}"))
     weights = "the weights" if trainer.ema is None else "the averaged weights"
     source = f" on {data}" if data else " on the data of the run"
     print(printable(f"{loaded.path.name}: {weights} after {loaded.step:,} steps{source}"))
-    rows = [(name, metric_text(name, value)) for name, value in metrics.items()]
+    shown = as_shares(trainer.name, metrics)
+    rows = [(name, metric_text(name, value)) for name, value in shown.items()]
     show(Table("metrics", ("metric", "value"), rows, numeric=True))

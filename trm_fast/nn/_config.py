@@ -72,6 +72,8 @@ class TRMConfig:
         probability = 0 <= self.halt_exploration_prob <= 1
         self._require("halt_exploration_prob", probability, "in [0, 1]")
         self._require("forward_dtype", self.forward_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        divides = self.mlp_t or self.hidden_size % self.num_heads == 0
+        self._require("num_heads", divides, f"a divisor of hidden_size, {self.hidden_size}")
         known = ("rope", "learned", "none")
         self._require("pos_encodings", self.pos_encodings in known, f"one of {', '.join(known)}")
         self._require("puzzle_emb_ndim", self.puzzle_width >= 0, ">= 0")

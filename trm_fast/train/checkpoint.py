@@ -252,8 +252,9 @@ class Checkpoints:
                 skipped.append(str(error))
                 continue
             return dataclasses.replace(loaded, skipped=skipped)
-        reasons = "; ".join(skipped) or "none"
-        raise ValueError(f"checkpoint: {which} of {self.directory} must be whole; got {reasons}")
+        reasons = "; ".join(reason.removeprefix("checkpoint: ") for reason in skipped) or "none"
+        asked = f"step {which}" if type(which) is int else which
+        raise ValueError(f"checkpoint: {asked} of {self.directory} must be whole; got {reasons}")
 
     def _candidates(self, which: str | int | os.PathLike[str], skipped: Reasons) -> Iterator[Path]:
         if type(which) is int:

@@ -1,5 +1,6 @@
 """``Progress``: a bar for a person, one line per interval for a file."""
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -86,7 +87,7 @@ class Progress(Callback):
         return True
 
     def _shown(self, record: Record) -> str:
-        return "  ".join(f"{name} {record[name]:.4g}" for name in self.metrics if name in record)
+        return "  ".join(_told(name, record[name]) for name in self.metrics if name in record)
 
     def _line(self, trainer: "Trainer", line: str) -> None:
         if not trainer.world.is_main:
@@ -98,6 +99,12 @@ class Progress(Callback):
         # A terminal that is gone, or a reader that has left, ends no run.
         with suppress(OSError):
             print(line, flush=True)
+
+
+def _told(name: str, value: float) -> str:
+    # A metric without anything to count, such as finished puzzles, is NaN; a loss tells a fault.
+    nothing = math.isnan(value) and name != "loss"
+    return f"{name} -" if nothing else f"{name} {value:.4g}"
 
 
 def _cut(line: str) -> str:

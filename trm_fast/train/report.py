@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,8 @@ _MAX_JSON = 16 << 20
 _NOT_METRICS = ("kind", "step", "seconds", "count", "lr", "steps_per_second")
 # Metrics by which a run is judged if its settings name none, best first.
 _SHARES = ("exact_accuracy", "validation_accuracy", "accuracy")
+# Recipes whose accuracies are in percent, as their interface has them.
+_IN_PERCENT = ("classify",)
 _LOSSES = ("lm_loss", "validation_loss", "loss")
 # Events that say whether a run goes on.
 _TURNS = ("started", "resumed", "interrupted", "stopped")
@@ -110,11 +112,14 @@ def read_run(directory: str | os.PathLike[str]) -> RunReport:
     settings = dict(_leaves(_object(path / "config.json", notes)))
     environment = _object(path / "run.json", notes)
     summary = _object(path / "summary.json", [])
-    records = list(_metrics(path / "metrics.jsonl", notes))
+    name = str(environment.get("name") or "run")
+    records = [as_shares(name, record) for record in _metrics(path / "metrics.jsonl", notes)]
     events = list(_events(path / "events.jsonl", notes))
     train = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    checkpoints = _checkpoints(path)
+    checkpoints = [
+        replace(info, summary=as_shares(name, info.summary)) for info in _checkpoints(path)
+    ]
     steps = _steps(settings)
     counted = [*records, *events, {"step": _whole(summary.get("step"))}]
     step = max([entry["step"] for entry in counted] + [info.step for info in checkpoints])
@@ -124,7 +129,7 @@ def read_run(directory: str | os.PathLike[str]) -> RunReport:
     known = [pace for pace in paces if not math.isnan(pace)]
     return RunReport(
         path=path,
-        name=str(environment.get("name") or "run"),
+        name=name,
         state=state,
         reason=reason,
         step=step,
@@ -172,6 +177,16 @@ def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
 def is_share(name: str) -> bool:
     """Returns whether a metric is a part of a whole, in [0, 1]."""
     return name.endswith("accuracy") or name.startswith("pass")
+
+
+def as_shares(recipe: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record with all shares in [0, 1], also of a recipe that has them in percent."""
+    if recipe not in _IN_PERCENT:
+        return dict(record)
+    return {
+        name: value / 100 if is_share(name) and isinstance(value, float) else value
+        for name, value in record.items()
+    }
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:

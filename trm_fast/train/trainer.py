@@ -332,7 +332,12 @@ class Trainer:
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now, **self.metrics}
         self._record(record)
-        is_best = self._is_best(record)
+        try:
+            is_best = self._is_best(record)
+        except ValueError:
+            # A wrong name shows only now; the steps until here are worth keeping.
+            self.save()
+            raise
         if is_best:
             self.best = {"step": self.step, **self.metrics}
         for callback in self.callbacks:
@@ -381,7 +386,7 @@ class Trainer:
 
     def _score(self) -> float | None:
         monitor = self.config.monitor
-        if not monitor or self.evaluated_at != self.step:
+        if monitor not in self.metrics or self.evaluated_at != self.step:
             return None
         score = self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
         return score if math.isfinite(score) else None
