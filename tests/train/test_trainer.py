@@ -292,7 +292,7 @@ def test_wrong_uses_are_refused_in_one_line():
 def test_a_run_is_not_overwritten_unless_that_is_asked_for(tmp_path):
     function_run(tmp_path, steps=4).fit()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds a run"):
+    with pytest.raises(FileExistsError, match="without a run"):
         function_run(tmp_path).fit()
     assert Checkpoints(tmp_path).load().step == 4
     function_run(tmp_path, steps=3).fit(overwrite=True)
