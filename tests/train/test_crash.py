@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from trm_fast.train import Checkpoints, RunDirectory
+from trm_fast.train._state import to_safetensors
 
-from ..crash import count, report
+from .. import crash
+from ..crash import count, look, look_naively, report
 from .checks import is_state_at, saved, state_at
 from .replay import PAGE, Directory, after, fates, rebuild, record, snapshot
 
@@ -21,10 +23,29 @@ def test_kills_cost_nothing(memory):
     assert sum(hit.values()) == 25 and hit["elsewhere"] < 25  # else no save was hit
 
 
-def test_overwriting_one_file_does_cost(memory):
+def test_what_a_kill_could_cost_would_be_counted(tmp_path):
     """Else the kills above would show nothing."""
-    wrong, _, _ = count(40, 0, naive=True, directory=memory)
-    assert wrong["unloadable"] > 0
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, crash.state_at(step))
+    assert look(tmp_path, 2) == (None, 2)
+    assert look(tmp_path, 3) == ("lost", 2)
+    newest = tmp_path / "ckpt" / "step-00000002"
+    (newest / ".tmp-left").mkdir()
+    assert look(tmp_path, 2) == ("leftover", 2)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert look(tmp_path, 2) == ("unloadable", 0)
+
+
+def test_a_torn_file_would_be_counted(tmp_path):
+    data = b"".join(to_safetensors({"weight": crash.state_at(1)["model"]["weight"]}))
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(data)
+    assert look_naively(tmp_path, 1) == (None, 1)
+    for length in (0, 7, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:length])
+        assert look_naively(tmp_path, 1) == ("unloadable", 0)
 
 
 def larger(step: int) -> dict:
