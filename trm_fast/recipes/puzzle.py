@@ -321,7 +321,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
     },
     "maze": {
-        "tiny": MazeConfig(data=MazeData(height=8, width=8, train=10_000, test=500)),
+        "tiny": MazeConfig(
+            model=replace(_TINY, mlp_t=False, pos_encodings="rope"),
+            data=MazeData(height=8, width=8, train=10_000, test=500),
+            optimizer=OptimizerConfig(lr=1e-3, alpha=0.9, lamb=0.5, min_ratio=0.05),
+            train=TrainerConfig(
+                steps=1500,
+                ema=0.99,
+                log_every=50,
+                evaluate_every=500,
+                save_every=500,
+                monitor="exact_accuracy",
+            ),
+        ),
         "official": MazeConfig(
             model=CONFIGS["maze"],
             data=MazeData(path="hub", train=0, test=0, augment=False),
