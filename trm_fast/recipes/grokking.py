@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from trm_fast.data.modular import Operation, modular_equations, split_equations
 from trm_fast.optim import GrokFastAdamW, MuGrokfast
 from trm_fast.optim.groups import split_params
-from trm_fast.optim.schedules import Schedule, warmup_constant
+from trm_fast.optim.schedules import warmup_constant
 from trm_fast.recipes._grokking_model import Decoder
 from trm_fast.recipes._grokking_report import draw_accuracy, first_at, told
 from trm_fast.train import (
@@ -268,7 +268,8 @@ def _trainer(config: GrokkingConfig, out: str | None, callbacks: Sequence[Callba
             max_nonfinite=1,
             seed=config.seed,
         ),
-        schedules=lambda made: [LambdaLR(made[0], _warmup(config.warmup))],
+        # As published, the first update has a learning rate of 0.
+        schedules=lambda made: [LambdaLR(made[0], warmup_constant(config.warmup))],
         evaluate=lambda model: _validate(model, validation, config.batch),
         callbacks=(*([target] if config.stop_at_target else []), *callbacks),
         out=out,
@@ -309,11 +310,6 @@ def _optimizer(model: Decoder, config: GrokkingConfig) -> Optimizer:
         return MuGrokfast(groups, muon_lr=config.muon_lr, adjust_lr_fn="match_rms_adamw", **options)
     decoupled = config.optimizer == "adamw"
     return GrokFastAdamW(model.parameters(), decoupled_weight_decay=decoupled, **options)
-
-
-def _warmup(steps: int) -> Schedule:
-    # As published, the first update has a learning rate of 0.
-    return warmup_constant(steps)
 
 
 def _objective(model: nn.Module, equations: Tensor) -> StepResult:
