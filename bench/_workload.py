@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from trm_fast.recipes._grokking_model import Decoder
+from trm_fast.recipes.grokking.model import Decoder
 
 from ._timing import Job
 

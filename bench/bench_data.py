@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from trm_fast.data import _native
-from trm_fast.data.listops import evaluate_listops, generate_listops
-from trm_fast.data.maze import MazeAugment, generate_mazes, shortest_path
-from trm_fast.data.sudoku import (
+from trm_fast.data.puzzles.maze import MazeAugment, generate_mazes, shortest_path
+from trm_fast.data.puzzles.sudoku import (
     SudokuAugment,
     check_sudoku,
     generate_sudoku,
     solve_sudoku,
     sudoku_tokens,
 )
+from trm_fast.data.synthetic.listops import evaluate_listops, generate_listops
 
 from ._report import Row, Run, Table
 from ._timing import Job, interleave

@@ -15,7 +15,7 @@ from torch import Tensor
 from trm_fast import GrokFastAdamW
 from trm_fast.nn import TinyRecursiveModel, TRMConfig
 from trm_fast.train import PerStepSupervision, Trainer, TrainerConfig
-from trm_fast.train._snapshot import snapshot
+from trm_fast.train.checkpoints.snapshot import snapshot
 
 from ._report import Row, Run, Table
 from ._timing import Job, interleave

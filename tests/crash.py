@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from trm_fast.train import Checkpoints, RunDirectory
-from trm_fast.train._state import from_safetensors, to_safetensors
+from trm_fast.train.checkpoints.state import from_safetensors, to_safetensors
 
 PHASES = ("elsewhere", "write", "publish", "prune")
 PARAMETERS = 1 << 17  # half a megabyte, and as much again in the optimizer

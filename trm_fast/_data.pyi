@@ -1,4 +1,4 @@
-"""The functions of csrc/data/module.cpp; trm_fast/data/_reference.py has them in Python."""
+"""The functions of csrc/data/module.cpp; the same in Python: trm_fast/data/_reference."""
 
 import numpy as np
 from numpy.typing import NDArray

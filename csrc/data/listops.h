@@ -1,4 +1,4 @@
-// The meaning is in trm_fast/data/listops.py.
+// The meaning is in trm_fast/data/synthetic/listops.py.
 #pragma once
 
 #include <algorithm>

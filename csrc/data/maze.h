@@ -1,4 +1,4 @@
-// The meaning is in trm_fast/data/maze.py.
+// The meaning is in trm_fast/data/puzzles/maze.py.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // The module trm_fast._data: generators and solvers of puzzles, free of torch. The meaning is on the pages of
-// trm_fast/data, which also check the arguments; the same functions in Python are in trm_fast/data/_reference.py.
+// trm_fast/data, which also check the arguments; the same functions in Python are in trm_fast/data/_reference.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

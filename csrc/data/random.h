@@ -1,4 +1,4 @@
-// The meaning is in trm_fast/data/_random.py.
+// The meaning is in trm_fast/data/_reference/random.py.
 #pragma once
 
 #include <cstdint>

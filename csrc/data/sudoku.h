@@ -1,4 +1,4 @@
-// The meaning is in trm_fast/data/sudoku.py.
+// The meaning is in trm_fast/data/puzzles/sudoku.py.
 //
 // A state of the search is one set of cells for each digit: where the digit can still stand. So a rule looks at all
 // cells, or at one row, column or box, with a few operations on words of 128 bits.

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from trm_fast.cli import main
-from trm_fast.recipes import _grokking_bench
-from trm_fast.recipes._grokking_plan import FAMILIES, VARIANTS, select_rows
 from trm_fast.recipes.grokking import GrokkingConfig
+from trm_fast.recipes.grokking.bench import runs as _grokking_bench
+from trm_fast.recipes.grokking.bench.plan import FAMILIES, VARIANTS, select_rows
 
 
 def bench(tmp_path, *more):
@@ -137,7 +137,7 @@ def test_wrong_options_are_one_line(tmp_path, capsys, flags, message):
 
 
 def test_a_benchmark_has_to_be_named(capsys):
-    expected = "bench: name a benchmark; choose from grokking"
+    expected = "bench: name a recipe; choose from grokking"
     assert error_of(capsys, main(["bench"])) == expected
 
 

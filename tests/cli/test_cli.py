@@ -12,8 +12,8 @@ from trm_fast import __version__
 from trm_fast._dispatch import BackendError
 from trm_fast.cli import COMMANDS, _settings, main, train
 from trm_fast.cli._settings import field_docs
-from trm_fast.recipes import RECIPES
-from trm_fast.recipes._config import leaves
+from trm_fast.recipes import RECIPES, load
+from trm_fast.recipes.settings import leaves
 
 
 def error_of(capsys, *argv, code=2):
@@ -104,7 +104,7 @@ def test_an_unknown_recipe_gets_a_suggestion(capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_help_shows_every_field_with_its_text_and_default(name, capsys):
-    config = next(iter(import_module(RECIPES[name].module).PRESETS[name].values()))
+    config = load(name).default
     assert main(["train", name, "--help"]) == 0
     # argparse breaks lines at spaces and at the hyphens of words.
     text = "".join(capsys.readouterr().out.split())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from trm_fast.cli import _data_make, main
-from trm_fast.data.official import read_official, write_official
 from trm_fast.data.puzzles import PuzzleSet
-from trm_fast.data.sudoku import check_sudoku, solve_sudoku, sudoku_difficulty
+from trm_fast.data.puzzles.sudoku import check_sudoku, solve_sudoku, sudoku_difficulty
+from trm_fast.data.sources.official import read_official, write_official
 
 # Two Sudokus of size 4 with their solution.
 GOOD = ("1030341021434301", "1234341221434321")

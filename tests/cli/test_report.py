@@ -11,11 +11,12 @@ from trm_fast.cli._tables import aligned, printable
 from trm_fast.train import RunDirectory
 
 
-def write(path, *lines, name="sudoku"):
+def write(path, *lines, name="sudoku", percent=()):
     """A run with two evaluations, as a trainer leaves it."""
     with RunDirectory(path) as run:
         run.write_json("config.json", {"train": {"steps": 20}})
-        run.write_json("run.json", {"name": name, "torch": "2.13.0"})
+        report = {"steps": 20, "percent": [*percent]}
+        run.write_json("run.json", {"name": name, "torch": "2.13.0", "report": report})
         for step, exact in ((10, 0.125), (20, 0.5)):
             seconds = step / 4
             pace = {"loss": 1.0 / step, "steps_per_second": 4.0}
@@ -160,7 +161,7 @@ def test_printable_keeps_what_can_be_read():
 
 
 def test_accuracies_in_percent_are_shown_as_such(tmp_path, capsys):
-    run = write(tmp_path / "run", name="classify")
+    run = write(tmp_path / "run", name="classify", percent=["accuracy"])
     with RunDirectory(run) as directory:
         record = {"kind": "evaluation", "step": 20, "seconds": 9.0, "accuracy": 21.5}
         directory.append("metrics.jsonl", record)

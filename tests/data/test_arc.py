@@ -16,7 +16,7 @@ from trm_fast.data import (
     read_official,
     write_official,
 )
-from trm_fast.data.arc_grids import (
+from trm_fast.data.puzzles.arc_grids import (
     augmented_name,
     crop,
     dihedral,

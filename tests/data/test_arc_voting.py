@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trm_fast.data import ArcVoting
-from trm_fast.data.arc_grids import dihedral, draw
+from trm_fast.data.puzzles.arc_grids import dihedral, draw
 
 ASKED = [[1, 2, 3], [4, 5, 6]]
 RIGHT, WRONG, OTHER = [[7, 8]], [[7], [8]], [[9]]

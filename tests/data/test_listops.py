@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from trm_fast.data.listops import (
+from trm_fast.data.synthetic.listops import (
     WORDS,
     evaluate_listops,
     generate_listops,

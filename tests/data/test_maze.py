@@ -6,7 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 
-from trm_fast.data.maze import (
+from trm_fast.data.puzzles.maze import (
     FREE,
     GOAL,
     PATH,

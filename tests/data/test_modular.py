@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trm_fast.data.modular import modular_equations, split_equations
+from trm_fast.data.synthetic.modular import modular_equations, split_equations
 
 
 def test_published_task_has_9312_equations_of_99_tokens():

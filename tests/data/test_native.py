@@ -9,8 +9,8 @@ import pytest
 
 from trm_fast._errors import BackendError
 from trm_fast.data import _items, _native, _reference
-from trm_fast.data._random import Random, mix
-from trm_fast.data.sudoku import generate_sudoku
+from trm_fast.data._reference.random import Random, mix
+from trm_fast.data.puzzles.sudoku import generate_sudoku
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,8 @@ def test_the_module_copies_nothing_silently(built, array):
 
 def test_generators_need_no_torch():
     program = (
-        "import sys; from trm_fast.data import listops, maze, sudoku; "
+        "import sys; from trm_fast.data.puzzles import maze, sudoku; "
+        "from trm_fast.data.synthetic import listops; "
         "sudoku.generate_sudoku(1, 4); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

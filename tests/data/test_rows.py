@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trm_fast.data import RowCounts, read_csv, read_jsonl, read_pairs
-from trm_fast.data.rows import MAX_LINE_BYTES
+from trm_fast.data.sources.rows import MAX_LINE_BYTES
 
 GOOD = b'{"question": "secret", "answer": "b"}'
 FIELDS = {"question": str, "answer": str}

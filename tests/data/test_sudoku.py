@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from trm_fast.data.sudoku import (
+from trm_fast.data.puzzles.sudoku import (
     CLUES,
     SudokuAugment,
     check_sudoku,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from trm_fast.data.vectors import SyntheticRecursiveDataset, task_states
+from trm_fast.data.synthetic.vectors import SyntheticRecursiveDataset, task_states
 
 
 def test_the_defaults_are_800_samples_of_128_features_and_10_classes():

@@ -28,7 +28,7 @@ from trm_fast.train import (
     Trainer,
     TrainerConfig,
 )
-from trm_fast.train._snapshot import snapshot
+from trm_fast.train.checkpoints.snapshot import snapshot
 from trm_fast.train.distributed import World
 
 from .runs import _DATA, _MODEL

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trm_fast.nn import TRMConfig
 from trm_fast.optim import AdamATan2, GrokFastAdamW, MuGrokfast
-from trm_fast.recipes import grokking, puzzle
-from trm_fast.recipes._optimizers import OptimizerConfig
-from trm_fast.recipes._puzzle_data import SudokuData
+from trm_fast.recipes.grokking import trainer as grokking
+from trm_fast.recipes.optimizers import OptimizerConfig
+from trm_fast.recipes.puzzle import trainer as puzzle
+from trm_fast.recipes.puzzle.data import SudokuData
 from trm_fast.train import (
     Callback,
     Checkpoints,
@@ -28,7 +29,7 @@ from trm_fast.train import (
     TrainerConfig,
 )
 from trm_fast.train._run_files import RunFiles
-from trm_fast.train._state import flatten
+from trm_fast.train.checkpoints.state import flatten
 
 STEPS = 12
 Make = Callable[..., Trainer]

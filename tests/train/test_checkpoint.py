@@ -72,7 +72,7 @@ def test_parts_are_read_alone(tmp_path):
 def test_list_and_size_read_no_tensors(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path, 5)
     checkpoints.save(6, state_at(6), score=1, summary={"note": "x"})
-    monkeypatch.setattr("trm_fast.train._reader.from_safetensors", None)
+    monkeypatch.setattr("trm_fast.train.checkpoints.reader.from_safetensors", None)
     first, second = checkpoints.list()
     assert (first.step, first.serial, first.score, first.damage) == (5, 1, None, None)
     assert (second.step, second.serial, second.score, second.summary) == (6, 2, 1.0, {"note": "x"})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trm_fast.train import Checkpoints, RunDirectory
-from trm_fast.train._state import to_safetensors
+from trm_fast.train.checkpoints.state import to_safetensors
 
 from .. import crash
 from ..crash import count, look, look_naively, report

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from trm_fast.train import Callback, Checkpoints, NonFiniteError, Trainer
 from trm_fast.train._guard import NonFiniteGuard
-from trm_fast.train._snapshot import snapshot
-from trm_fast.train._state import flatten
+from trm_fast.train.checkpoints.snapshot import snapshot
+from trm_fast.train.checkpoints.state import flatten
 from trm_fast.train.run_directory import read_records
 
 from .runs import MAKE, differences, function_run, puzzle_run

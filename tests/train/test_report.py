@@ -13,12 +13,12 @@ import torch
 
 from trm_fast._dispatch import OPS, Op
 from trm_fast.train import Checkpoints, RunDirectory, Summary
-from trm_fast.train import _report_tables as tables
-from trm_fast.train._curves import _figure, png, svg
 from trm_fast.train._ending import ended
-from trm_fast.train._page import page
 from trm_fast.train.backends import used
-from trm_fast.train.report import metrics_of, read_run
+from trm_fast.train.reports import tables
+from trm_fast.train.reports.curves import _figure, png, svg
+from trm_fast.train.reports.page import page
+from trm_fast.train.reports.reading import metrics_of, read_run
 
 SETTINGS = {"batch": 8, "train": {"steps": 40, "monitor": "exact_accuracy", "mode": "max"}}
 MACHINE = {"name": "sudoku", "torch": "2.13.0", "device": "a CPU (cpu)"}
@@ -40,11 +40,16 @@ def records():
             yield record("evaluation", step, count=50.0, lm_loss=1.5 / step, exact_accuracy=exact)
 
 
+def shown(settings):
+    """How the trainer of these settings says that the run is to be shown."""
+    return {**settings.get("train", {}), "examples": settings.get("batch")}
+
+
 def write(path, settings=SETTINGS, lines=None, events=(), summary=None, checkpoints=()):
     """A run directory as a trainer leaves it."""
     with RunDirectory(path) as run:
         run.write_json("config.json", settings)
-        run.write_json("run.json", MACHINE)
+        run.write_json("run.json", {**MACHINE, "report": shown(settings)})
         for line in records() if lines is None else lines:
             run.append("metrics.jsonl", line)
         for name, step in events:
@@ -221,7 +226,7 @@ def test_what_is_no_run_is_refused(tmp_path):
 def test_reading_a_run_without_checkpoints_loads_no_torch(tmp_path):
     write(tmp_path / "run")
     code = (
-        "import sys; from trm_fast.train.report import read_run; read_run(sys.argv[1]); "
+        "import sys; from trm_fast.train.reports.reading import read_run; read_run(sys.argv[1]); "
         "print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trm_fast.train._state import (
+from trm_fast.train.checkpoints.state import (
     DTYPES,
     MAX_DEPTH,
     dumps,

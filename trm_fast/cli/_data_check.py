@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trm_fast.cli._tables import printable
-from trm_fast.data.listops import WORDS, evaluate_listops, listops_tokens
-from trm_fast.data.maze import GOAL, PATH, START, WALL, shortest_path
-from trm_fast.data.official import read_identifiers, read_official_sets, read_test_puzzles
-from trm_fast.data.pairs import (
+from trm_fast.data.puzzles import PuzzleSet
+from trm_fast.data.puzzles.maze import GOAL, PATH, START, WALL, shortest_path
+from trm_fast.data.puzzles.sudoku import check_sudoku
+from trm_fast.data.sources.official import read_identifiers, read_official_sets, read_test_puzzles
+from trm_fast.data.sources.pairs import (
     MAZE_ALPHABET,
     SUDOKU_SIZES,
     PairFormat,
@@ -22,9 +23,8 @@ from trm_fast.data.pairs import (
     pairs_of_rows,
     sudoku_format,
 )
-from trm_fast.data.puzzles import PuzzleSet
-from trm_fast.data.rows import Row, RowGuard, csv_rows, jsonl_rows
-from trm_fast.data.sudoku import check_sudoku
+from trm_fast.data.sources.rows import Row, RowGuard, csv_rows, jsonl_rows
+from trm_fast.data.synthetic.listops import WORDS, evaluate_listops, listops_tokens
 
 Array = NDArray[Any]
 

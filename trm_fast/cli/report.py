@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from trm_fast.cli import COMMANDS
 
 if TYPE_CHECKING:
-    from trm_fast.train.report import RunReport
+    from trm_fast.train.reports.reading import RunReport
 
 HELP = COMMANDS["report"]
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"report: --out must name the directory for {len(args.runs)} runs; got none"
         )
-    from trm_fast.train.report import read_run
+    from trm_fast.train.reports.reading import read_run
 
     reports = [read_run(path) for path in args.runs]
     _show(reports)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(reports: "Sequence[RunReport]") -> None:
     from trm_fast.cli._tables import printable, show
-    from trm_fast.train import _report_tables as tables
+    from trm_fast.train.reports import tables
 
     if len(reports) > 1:
         show(tables.overview(reports))
@@ -75,8 +75,8 @@ def _show(reports: "Sequence[RunReport]") -> None:
 def _write(reports: "Sequence[RunReport]", out: Path, html: bool) -> list[str]:
     """Writes the files, each whole or not at all; returns what to say about them."""
     from trm_fast.train import _files
-    from trm_fast.train._curves import png, svg
-    from trm_fast.train._page import page
+    from trm_fast.train.reports.curves import png, svg
+    from trm_fast.train.reports.page import page
 
     files = {"curves.png": png(reports)}
     if html:

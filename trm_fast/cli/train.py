@@ -1,11 +1,10 @@
 """``trm-fast train``: runs a recipe with settings from a preset, a YAML file and flags."""
 
 import argparse
-from importlib import import_module
 from typing import Any
 
 from trm_fast.cli import COMMANDS, suggest
-from trm_fast.recipes import RECIPES, Recipe
+from trm_fast.recipes import RECIPES, load
 
 HELP = COMMANDS["train"]
 
@@ -46,27 +45,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"train: unknown recipe {args.recipe!r}{suggest(args.recipe, RECIPES)}")
     from trm_fast.cli._settings import read_options
 
-    recipe: Recipe = RECIPES[args.recipe]
-    module = import_module(recipe.module)
-    options = read_options(args.recipe, module, args.fields)
-    trainer = module.build(options.config)
+    recipe = load(args.recipe)
+    options = read_options(recipe, args.fields)
+    from trm_fast.recipes.running import train
+
     if options.dry_run:
-        return _rehearse(options.config, trainer)
-    summary = trainer.fit(resume=options.resume, overwrite=options.overwrite)
-    if trainer.world.is_main:
-        for line in module.finish(trainer, summary):
-            print(line)
-    if summary.signal is None:
-        return 0
-    if trainer.world.is_main:
-        print(f"go on: trm-fast train {args.recipe} --out {trainer.out} --resume")
-    code: int = 128 + summary.signal
-    return code
+        return _rehearse(options.config, recipe.build(options.config))
+    return train(recipe, options.config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _rehearse(config: Any, trainer: Any) -> int:
     """Prints the settings and what one step has shown."""
-    from trm_fast.recipes._config import leaves
+    from trm_fast.recipes.settings import leaves
     from trm_fast.train.dry_run import dry_run
 
     settings = list(leaves(config))

@@ -1,123 +1,88 @@
 """Data of the recipes: puzzles in memory and on disk, readers, generators and splits."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from trm_fast._lazy import exports
+
 if TYPE_CHECKING:
-    from trm_fast.data.arc import ArcData, build_arc, encode_arc
-    from trm_fast.data.arc_corpus import ArcTask, arc_tasks, read_arc_folder
-    from trm_fast.data.arc_voting import ArcVoting
-    from trm_fast.data.hub import hub_file, hub_rows, load_hub
-    from trm_fast.data.listops import evaluate_listops, generate_listops, listops_text
-    from trm_fast.data.maze import MazeAugment, generate_mazes, maze_text, shortest_path
-    from trm_fast.data.merging import merge, merge_identifiers
-    from trm_fast.data.modular import modular_equations, split_equations
-    from trm_fast.data.official import (
-        read_identifiers,
-        read_official,
-        read_official_sets,
-        read_test_puzzles,
-        write_official,
+    from trm_fast.data.puzzles import PuzzleBatches as PuzzleBatches
+    from trm_fast.data.puzzles import PuzzleMetadata as PuzzleMetadata
+    from trm_fast.data.puzzles import PuzzleSet as PuzzleSet
+    from trm_fast.data.puzzles import evaluation_batches as evaluation_batches
+    from trm_fast.data.puzzles.arc import ArcData as ArcData
+    from trm_fast.data.puzzles.arc import build_arc as build_arc
+    from trm_fast.data.puzzles.arc import encode_arc as encode_arc
+    from trm_fast.data.puzzles.arc_corpus import ArcTask as ArcTask
+    from trm_fast.data.puzzles.arc_corpus import arc_tasks as arc_tasks
+    from trm_fast.data.puzzles.arc_corpus import read_arc_folder as read_arc_folder
+    from trm_fast.data.puzzles.arc_voting import ArcVoting as ArcVoting
+    from trm_fast.data.puzzles.maze import MazeAugment as MazeAugment
+    from trm_fast.data.puzzles.maze import generate_mazes as generate_mazes
+    from trm_fast.data.puzzles.maze import maze_text as maze_text
+    from trm_fast.data.puzzles.maze import shortest_path as shortest_path
+    from trm_fast.data.puzzles.merging import merge as merge
+    from trm_fast.data.puzzles.merging import merge_identifiers as merge_identifiers
+    from trm_fast.data.puzzles.sudoku import SudokuAugment as SudokuAugment
+    from trm_fast.data.puzzles.sudoku import check_sudoku as check_sudoku
+    from trm_fast.data.puzzles.sudoku import generate_sudoku as generate_sudoku
+    from trm_fast.data.puzzles.sudoku import solve_sudoku as solve_sudoku
+    from trm_fast.data.puzzles.sudoku import sudoku_difficulty as sudoku_difficulty
+    from trm_fast.data.puzzles.sudoku import sudoku_tokens as sudoku_tokens
+    from trm_fast.data.sources.hub import hub_file as hub_file
+    from trm_fast.data.sources.hub import hub_rows as hub_rows
+    from trm_fast.data.sources.hub import load_hub as load_hub
+    from trm_fast.data.sources.official import read_identifiers as read_identifiers
+    from trm_fast.data.sources.official import read_official as read_official
+    from trm_fast.data.sources.official import read_official_sets as read_official_sets
+    from trm_fast.data.sources.official import read_test_puzzles as read_test_puzzles
+    from trm_fast.data.sources.official import write_official as write_official
+    from trm_fast.data.sources.pairs import PairFormat as PairFormat
+    from trm_fast.data.sources.pairs import read_maze_csv as read_maze_csv
+    from trm_fast.data.sources.pairs import read_pairs as read_pairs
+    from trm_fast.data.sources.pairs import read_sudoku_csv as read_sudoku_csv
+    from trm_fast.data.sources.rows import RowCounts as RowCounts
+    from trm_fast.data.sources.rows import Rows as Rows
+    from trm_fast.data.sources.rows import read_csv as read_csv
+    from trm_fast.data.sources.rows import read_jsonl as read_jsonl
+    from trm_fast.data.synthetic.listops import evaluate_listops as evaluate_listops
+    from trm_fast.data.synthetic.listops import generate_listops as generate_listops
+    from trm_fast.data.synthetic.listops import listops_text as listops_text
+    from trm_fast.data.synthetic.modular import modular_equations as modular_equations
+    from trm_fast.data.synthetic.modular import split_equations as split_equations
+    from trm_fast.data.synthetic.vectors import (
+        SyntheticRecursiveDataset as SyntheticRecursiveDataset,
     )
-    from trm_fast.data.pairs import PairFormat, read_maze_csv, read_pairs, read_sudoku_csv
-    from trm_fast.data.puzzles import (
-        PuzzleBatches,
-        PuzzleMetadata,
-        PuzzleSet,
-        evaluation_batches,
-    )
-    from trm_fast.data.rows import RowCounts, Rows, read_csv, read_jsonl
-    from trm_fast.data.sudoku import (
-        SudokuAugment,
-        check_sudoku,
-        generate_sudoku,
-        solve_sudoku,
-        sudoku_difficulty,
-        sudoku_tokens,
-    )
-    from trm_fast.data.vectors import SyntheticRecursiveDataset
 
-__all__ = [
-    "ArcData",
-    "ArcTask",
-    "ArcVoting",
-    "MazeAugment",
-    "PairFormat",
-    "PuzzleBatches",
-    "PuzzleMetadata",
-    "PuzzleSet",
-    "RowCounts",
-    "Rows",
-    "SudokuAugment",
-    "SyntheticRecursiveDataset",
-    "arc_tasks",
-    "build_arc",
-    "check_sudoku",
-    "encode_arc",
-    "evaluate_listops",
-    "evaluation_batches",
-    "generate_listops",
-    "generate_mazes",
-    "generate_sudoku",
-    "hub_file",
-    "hub_rows",
-    "listops_text",
-    "load_hub",
-    "maze_text",
-    "merge",
-    "merge_identifiers",
-    "modular_equations",
-    "read_arc_folder",
-    "read_csv",
-    "read_identifiers",
-    "read_jsonl",
-    "read_maze_csv",
-    "read_official",
-    "read_official_sets",
-    "read_pairs",
-    "read_sudoku_csv",
-    "read_test_puzzles",
-    "shortest_path",
-    "solve_sudoku",
-    "split_equations",
-    "sudoku_difficulty",
-    "sudoku_tokens",
-    "write_official",
-]
-
-# Where each public name is; resolved on first use, so that a reader of text does not pay for torch.
-_NAMES = {
-    "arc": ("ArcData", "build_arc", "encode_arc"),
-    "arc_corpus": ("ArcTask", "arc_tasks", "read_arc_folder"),
-    "arc_voting": ("ArcVoting",),
-    "hub": ("hub_file", "hub_rows", "load_hub"),
-    "listops": ("evaluate_listops", "generate_listops", "listops_text"),
-    "maze": ("MazeAugment", "generate_mazes", "maze_text", "shortest_path"),
-    "merging": ("merge", "merge_identifiers"),
-    "modular": ("modular_equations", "split_equations"),
-    "official": (
-        "read_identifiers", "read_official", "read_official_sets", "read_test_puzzles",
-        "write_official",
-    ),
-    "pairs": ("PairFormat", "read_maze_csv", "read_pairs", "read_sudoku_csv"),
-    "puzzles": ("PuzzleBatches", "PuzzleMetadata", "PuzzleSet", "evaluation_batches"),
-    "rows": ("RowCounts", "Rows", "read_csv", "read_jsonl"),
-    "vectors": ("SyntheticRecursiveDataset",),
-    "sudoku": (
-        "SudokuAugment", "check_sudoku", "generate_sudoku", "solve_sudoku", "sudoku_difficulty",
-        "sudoku_tokens",
-    ),
-}  # fmt: skip
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'trm_fast.data' has no attribute {name!r}")
-    value = getattr(import_module(f"trm_fast.data.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+# Resolved on first use, so that a reader of text does not pay for torch.
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "puzzles.arc": ("ArcData", "build_arc", "encode_arc"),
+        "puzzles.arc_corpus": ("ArcTask", "arc_tasks", "read_arc_folder"),
+        "puzzles.arc_voting": ("ArcVoting",),
+        "sources.hub": ("hub_file", "hub_rows", "load_hub"),
+        "synthetic.listops": ("evaluate_listops", "generate_listops", "listops_text"),
+        "puzzles.maze": ("MazeAugment", "generate_mazes", "maze_text", "shortest_path"),
+        "puzzles.merging": ("merge", "merge_identifiers"),
+        "synthetic.modular": ("modular_equations", "split_equations"),
+        "sources.official": (
+            "read_identifiers",
+            "read_official",
+            "read_official_sets",
+            "read_test_puzzles",
+            "write_official",
+        ),
+        "sources.pairs": ("PairFormat", "read_maze_csv", "read_pairs", "read_sudoku_csv"),
+        "puzzles": ("PuzzleBatches", "PuzzleMetadata", "PuzzleSet", "evaluation_batches"),
+        "sources.rows": ("RowCounts", "Rows", "read_csv", "read_jsonl"),
+        "synthetic.vectors": ("SyntheticRecursiveDataset",),
+        "puzzles.sudoku": (
+            "SudokuAugment",
+            "check_sudoku",
+            "generate_sudoku",
+            "solve_sudoku",
+            "sudoku_difficulty",
+            "sudoku_tokens",
+        ),
+    },
+)

@@ -1,45 +1,48 @@
-"""Complete experiments: each recipe is a settings class and one function that runs it."""
+"""Complete experiments: one folder for each system."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from trm_fast.recipes.recipe import Recipe
 
 
-class Recipe(NamedTuple):
+class Listing(NamedTuple):
     """Where a recipe is found, by names only: listing recipes imports neither them nor torch.
 
-    Its module has ``PRESETS``, for each recipe a settings object by name, the first of which is the
-    default; ``build(config)``, which returns a ``Trainer``; and ``finish(trainer, summary)``, which
-    returns the lines that are shown after a run.
+    Args:
+        help: what it does, in one sentence.
+        system: its folder below ``trm_fast.recipes``, whose word is found in every tree.
+        recipe: the ``Recipe`` in the system's ``trainer.py``.
+        commands: the recipe's own commands beside ``trm-fast train``, such as "bench", and the
+            module of each, which has what a module of ``trm_fast.cli`` has: HELP, add_arguments
+            and run. ``trm-fast bench NAME`` then runs it.
     """
 
     help: str
-    module: str
-    config: str
+    system: str
+    recipe: str = "RECIPE"
+    commands: Mapping[str, str] = MappingProxyType({})
 
 
 RECIPES = {
-    "sudoku": Recipe(
-        help="Trains a TRM on Sudoku of size 4, 6 or 9.",
-        module="trm_fast.recipes.puzzle",
-        config="SudokuConfig",
+    "sudoku": Listing("Trains a TRM on Sudoku of size 4, 6 or 9.", "puzzle", "SUDOKU"),
+    "maze": Listing("Trains a TRM to find the shortest path through a maze.", "puzzle", "MAZE"),
+    "arc": Listing("Trains a TRM on ARC-AGI-1 or -2, evaluated by voting.", "puzzle", "ARC"),
+    "grokking": Listing(
+        "Trains a small decoder on x*y mod 97 until it generalises (the Grokfast paper).",
+        "grokking",
+        commands={"bench": "trm_fast.recipes.grokking.bench.command"},
     ),
-    "maze": Recipe(
-        help="Trains a TRM to find the shortest path through a maze.",
-        module="trm_fast.recipes.puzzle",
-        config="MazeConfig",
-    ),
-    "arc": Recipe(
-        help="Trains a TRM on ARC-AGI-1 or -2, evaluated by voting.",
-        module="trm_fast.recipes.puzzle",
-        config="ArcConfig",
-    ),
-    "grokking": Recipe(
-        help="Trains a small decoder on x*y mod 97 until it generalises (the Grokfast paper).",
-        module="trm_fast.recipes.grokking",
-        config="GrokkingConfig",
-    ),
-    "classify": Recipe(
-        help="Trains a recursive classifier on feature vectors.",
-        module="trm_fast.recipes.classify",
-        config="ClassifyConfig",
-    ),
+    "classify": Listing("Trains a recursive classifier on feature vectors.", "classify"),
 }
+
+
+def load(name: str) -> "Recipe[Any]":
+    """Imports a recipe of ``RECIPES``."""
+    listing = RECIPES[name]
+    module = import_module(f"trm_fast.recipes.{listing.system}.trainer")
+    recipe: Recipe[Any] = getattr(module, listing.recipe)
+    return recipe

@@ -10,7 +10,7 @@ import torch
 
 from trm_fast._version import __version__
 from trm_fast.train.callbacks import Record
-from trm_fast.train.checkpoint import Checkpoints, Loaded, size_of
+from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
 from trm_fast.train.distributed import World, device_name
 from trm_fast.train.run_directory import RunDirectory
 
@@ -108,7 +108,8 @@ class RunFiles:
 
 
 def describe(trainer: "Trainer") -> dict[str, Any]:
-    """Returns what run.json says: the name of the run, versions, device, sizes."""
+    """Returns what run.json says: the name of the run, versions, device, sizes, and how a report
+    shows it."""
     return {
         "name": trainer.name,
         "trm_fast": __version__,
@@ -117,4 +118,10 @@ def describe(trainer: "Trainer") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processes": trainer.world.size,
         "parameters": sum(param.numel() for param in trainer.model.parameters()),
+        "report": {
+            "steps": trainer.config.steps,
+            "monitor": trainer.config.monitor,
+            "mode": trainer.config.mode,
+            **trainer.report,
+        },
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from trm_fast.train._rng import fork_rng, seed_everything
-from trm_fast.train._snapshot import snapshot
+from trm_fast.train.checkpoints.snapshot import snapshot
 
 if TYPE_CHECKING:
     from trm_fast.train.trainer import Trainer

@@ -3,7 +3,7 @@
     <out>/.lock           pid and host of the trainer that holds it
     <out>/config.json     what the run was started with, and other files of ``write_json``
     <out>/metrics.jsonl   one record per line, as events.jsonl
-    <out>/ckpt/           see trm_fast/train/checkpoint.py
+    <out>/ckpt/           see trm_fast/train/checkpoints/checkpoints.py
 
 The lock belongs to the process: it goes with it, also when it is killed, and is not handed on to
 processes that it forks. Numbers that JSON has not, NaN and infinities, are written as the strings

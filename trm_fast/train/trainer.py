@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +21,10 @@ from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._rng import fork_rng, seed_everything
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
-from trm_fast.train._snapshot import restore, snapshot
 from trm_fast.train._update import Update
 from trm_fast.train.batches import Batches, RepeatedBatches, take
 from trm_fast.train.callbacks import Callback, Record, is_better, metric
+from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
 from trm_fast.train.distributed import World, gathered
 from trm_fast.train.meter import Meter
@@ -65,6 +65,8 @@ class Trainer:
         settings: plain values with which the run can be made again, for config.json; None writes
             those of the trainer.
         files: names of further files below ``out`` that ``overwrite`` may remove.
+        report: what reports need to know: "percent", a list of the metrics that are in percent and
+            not shares in [0, 1]; "examples", the largest number of examples in an update.
 
     Raises:
         ValueError: a setting is out of range or does not fit the others.
@@ -94,6 +96,7 @@ class Trainer:
         name: str = "",
         settings: dict[str, Any] | None = None,
         files: Sequence[str] = (),
+        report: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config = config or TrainerConfig()
         self.world = device if isinstance(device, World) else World(device)
@@ -117,6 +120,7 @@ class Trainer:
         self.callbacks = list(callbacks)
         self.name = name
         self.settings = settings or {}
+        self.report = dict(report or {})
         self.out = None if out is None else Path(out)
         self.files = RunFiles(self.out, self.world, ("run.json", *files), config.keep_last)
         self.meter = Meter(self.world.device)

@@ -1,0 +1,1 @@
+"""Where data comes from: files of rows and pairs, the official layout, the hub."""

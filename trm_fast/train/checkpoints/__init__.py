@@ -1,0 +1,1 @@
+"""Checkpoints: what a run keeps, written so that no kill damages it."""
