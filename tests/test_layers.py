@@ -15,7 +15,7 @@ from trm_fast._dispatch import OPS
 ROOT = Path(__file__).parents[1]
 # Lower layers first; one may import those below it and itself.
 LAYERS = (
-    ("_version", "_errors", "_lazy", "_native", "_data", "_dispatch"),
+    ("_version", "_errors", "_json", "_lazy", "_native", "_data", "_dispatch"),
     ("kernels",),
     ("ops",),
     ("optim", "nn", "losses"),

@@ -333,7 +333,7 @@ def test_a_folder_of_tasks(tmp_path):
     assert [one.name for one in found] == ["Above/x", "y"]
     assert [one.to_lists() for one in found] == [one.to_lists() for one in own.values()]
     (tmp_path / "z.json").write_text("{")
-    with pytest.raises(ValueError, match=r"z\.json: JSON is required; got Expecting property name"):
+    with pytest.raises(ValueError, match=r"z\.json: must be JSON; got Expecting property name"):
         read_arc_folder(tmp_path)
     (tmp_path / "z.json").write_text('{"train": 1}')
     with pytest.raises(ValueError, match=r"z\.json: ArcTask: z must have the list 'train'"):

@@ -18,20 +18,22 @@ BAD_JSON = {
     "blank line ": b" \t",
     "NUL byte": b'{"question": "secret\0", "answer": "b"}',
     "invalid UTF-8 at byte 18": b'{"question": "secr\xff", "answer": "b"}',
-    "malformed JSON: Unterminated string starting at at column 14": b'{"question": "secr',
-    "malformed JSON: Expecting ',' delimiter at column 36": b'{"question": "secret", "answer":"b"',
-    "malformed JSON: Extra data at column 38": GOOD + b"," + GOOD,
-    "malformed JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1": b"\xef\xbb\xbf"
-    + GOOD,
-    "malformed JSON: NaN is no JSON number": b'{"question": "secret", "answer": NaN}',
-    "malformed JSON: -Infinity is no JSON number": b'{"question": "secret", "x": -Infinity}',
-    "malformed JSON: a number is too large": b'{"question": "secret", "x": 1e999}',
-    "malformed JSON: a key is given twice": b'{"secret": 1, "secret": 2}',
-    "malformed JSON: a key is given twice ": b'{"a": [{"secret": 1, "secret": 2}]}',
-    "malformed JSON: a lone surrogate": b'{"question": "secret\\ud800", "answer": "b"}',
-    "malformed JSON: a lone surrogate ": b'{"a": {"\\uDC00secret": 1}}',
-    "malformed JSON: nested too deeply": b"[" * 100_000 + b"]" * 100_000,
-    "a row must be a JSON object": b'["secret"]',
+    "a row must be JSON; got Unterminated string starting at at column 14": b'{"question": "secr',
+    "a row must be JSON; got Expecting ',' delimiter at column 36": b'{"question": "secret", '
+    b'"answer":"b"',
+    "a row must be JSON; got Extra data at column 38": GOOD + b"," + GOOD,
+    "a row must be JSON; got Unexpected UTF-8 BOM (decode using utf-8-sig) at column 1": (
+        b"\xef\xbb\xbf" + GOOD
+    ),
+    "a row must be JSON; got NaN": b'{"question": "secret", "answer": NaN}',
+    "a row must be JSON; got -Infinity": b'{"question": "secret", "x": -Infinity}',
+    "a row must be JSON; got a number that is too large": b'{"question": "secret", "x": 1e999}',
+    "a row must be JSON; got a key twice": b'{"secret": 1, "secret": 2}',
+    "a row must be JSON; got a key twice ": b'{"a": [{"secret": 1, "secret": 2}]}',
+    "a row must be JSON; got a lone surrogate": b'{"question": "secret\\ud800", "answer": "b"}',
+    "a row must be JSON; got a lone surrogate ": b'{"a": {"\\uDC00secret": 1}}',
+    "a row must be nested at most 64 deep; got 100000": b"[" * 100_000 + b"]" * 100_000,
+    "a row must be a JSON object; got list": b'["secret"]',
     "field 'answer' is missing": b'{"question": "secret"}',
     "field 'answer' must be a string; got int": b'{"question": "secret", "answer": 1}',
     "field 'answer' must be a string; got NoneType": b'{"question": "secret", "answer": null}',
@@ -330,5 +332,5 @@ def test_recursion_is_bounded_even_close_to_the_limit(tmp_path):
     def dive(depth):
         return dive(depth - 1) if depth else read_jsonl(path, FIELDS)
 
-    with pytest.raises(ValueError, match=r"nested too deeply"):
+    with pytest.raises(ValueError, match="a row must be nested at most 64 deep; got 5000"):
         dive(sys.getrecursionlimit() // 2)

@@ -180,7 +180,7 @@ def test_missing_files_are_noted(run):
     [
         ("config.json", "{", "config.json: must be JSON; got "),
         ("config.json", "[1]", "config.json: must be a JSON object; got list"),
-        ("run.json", "[" * 100_000, "run.json: must not be nested so deep"),
+        ("run.json", "[" * 100_000, "run.json: must be nested at most 64 deep; got 100000"),
         (
             "summary.json",
             '{"backends": [1]}',
@@ -191,7 +191,7 @@ def test_missing_files_are_noted(run):
             '{"backends": {"a": {"calls": 1}}}',
             "calls of each op must be an object",
         ),
-        ("metrics.jsonl", 'x\n{"kind":"train","step":1}\n', "metrics.jsonl:1: must be one JSON"),
+        ("metrics.jsonl", 'x\n{"kind":"train","step":1}\n', "metrics.jsonl:1: must be JSON"),
         ("metrics.jsonl", '{"kind":"train"}\n', "record 1 must have a kind and a step >= 0"),
         ("metrics.jsonl", '{"kind":"train","step":-1}\n', "record 1 must have a kind and a step"),
         ("metrics.jsonl", '{"kind":"train","step":true}\n', "record 1 must have a kind and a step"),

@@ -260,9 +260,22 @@ def test_any_other_wrong_line_is_named(tmp_path, line):
     path.write_bytes(b'{"step":1}\n' + line + b'\n{"step":3}\n')
     with RunDirectory(tmp_path) as run:
         for call in (run.read, lambda name: run.truncate(name, 9)):
-            with pytest.raises(ValueError, match=f"^{path}:2: must be one JSON object$"):
+            with pytest.raises(ValueError, match=f"^{path}:2: must be .*; got "):
                 call("metrics.jsonl")
     assert path.read_bytes().splitlines()[0::2] == [b'{"step":1}', b'{"step":3}']
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_what_readers_refuse_is_not_written(tmp_path, kind):
+    cycle = kind()
+    cycle.append(cycle) if kind is list else cycle.update(a=cycle)
+    with RunDirectory(tmp_path) as run:
+        run.append("metrics.jsonl", {"step": 1})
+        for write in (run.append, run.write_json):
+            message = "run directory: metrics.jsonl must be nested at most 64 deep; got 65"
+            with pytest.raises(ValueError, match=message):
+                write("metrics.jsonl", {"step": 2, "deep": cycle})
+        assert run.read("metrics.jsonl") == [{"step": 1}]
 
 
 def test_records_beyond_a_step_are_dropped(tmp_path):

@@ -29,7 +29,7 @@ DTYPE_NAMES = {str(dtype): dtype for dtype in DTYPES}
 def there_and_back(value):
     tensors, tree = flatten(value, "part")
     data = b"".join(to_safetensors(tensors))
-    return unflatten(loads(dumps(tree)), from_safetensors(data))
+    return unflatten(loads(dumps(tree), "tree"), from_safetensors(data))
 
 
 def bits(tensor):
@@ -195,7 +195,9 @@ def test_what_is_no_state_is_named(value, message):
 def test_a_cycle_ends():
     cycle = []
     cycle.append(cycle)
-    with pytest.raises(ValueError, match=f"part: state must be nested at most {MAX_DEPTH} deep"):
+    with pytest.raises(
+        ValueError, match=f"part: state must be nested at most {MAX_DEPTH} deep; got 65"
+    ):
         flatten(cycle, "part")
 
 
@@ -204,6 +206,21 @@ def test_the_deepest_state_comes_back():
     for _ in range(MAX_DEPTH):
         value = {0: value}
     assert same(there_and_back(value), value)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda v: [v], lambda v: {"a": v}, lambda v: (v,), lambda v: {0: v}]
+)
+def test_a_state_that_could_not_be_saved_is_not_read(wrap):
+    value = 1
+    for _ in range(MAX_DEPTH):
+        value = wrap(value)
+    tensors, tree = flatten(value, "part")
+    assert same(unflatten(tree, tensors), value)
+    _, around = flatten(wrap(1), "part")
+    deeper = json.loads(json.dumps(around).replace("1", json.dumps(tree)))
+    with pytest.raises(ValueError, match="a tree must be nested at most 64 deep; got 65"):
+        unflatten(deeper, tensors)
 
 
 def test_the_json_is_compact_and_shows_plain_values_as_they_are():
@@ -249,7 +266,7 @@ def test_any_tree_is_read_or_refused_in_declared_words(tree):
 @given(st.one_of(st.binary(), JSON.map(lambda tree: json.dumps(tree).encode())))
 def test_any_bytes_are_json_or_a_value_error(data):
     try:
-        loads(data)
+        loads(data, "tree")
     except ValueError:
         pass
 
@@ -261,7 +278,7 @@ def test_any_bytes_are_json_or_a_value_error(data):
 )
 def test_json_goes_to_its_bounds_only(data):
     with pytest.raises(ValueError):
-        loads(data)
+        loads(data, "tree")
 
 
 def header(entry, data=b"", declared=None):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
+from trm_fast._json import check_depth, load_object
 from trm_fast.cli import suggest
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
@@ -134,14 +134,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError, OSError: it is not there, or holds something else.
     """
     try:
-        found = json.loads(path.read_text())
+        return load_object(path.read_bytes(), f"{path}:")
     except FileNotFoundError:
         raise ValueError(f"{path}: must be there, as in every run; got no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: must be JSON; got {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object; got {type(found).__name__}")
-    return found
 
 
 def _check_resumed(who: str, recipe: Recipe[Any], run: Any, now: Any) -> None:
@@ -160,6 +155,10 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ValueError(f"{who}: {_plain(message, names)}") from ex
 
+        def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
+            _check_yaml(content, f"{who}: {path or '--config'}:")
+            return super().parse_string(content, path, *args, **kwargs)
+
     summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]
     parser = Parser(prog=f"trm-fast {who}", description=summary, allow_abbrev=False)
     known = ", ".join(presets)
@@ -176,6 +175,30 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
         # argparse formats help texts with %.
         parser.add_argument(f"--{name}", type=kind, default=value, help=help.replace("%", "%%"))
     return parser
+
+
+def _check_yaml(text: str, subject: str) -> None:
+    """Counts the nesting of YAML by its events, before values are made of it: that takes recursion.
+
+    Raises:
+        ValueError: it is no YAML, nested too deeply, or has aliases, which nest without brackets.
+    """
+    import yaml
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"{subject} must have no aliases; got *{event.anchor}")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            check_depth(depth, subject)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        reason = f"an error in line {line}: {error.problem}"
+        raise ValueError(f"{subject} must be YAML; got {reason}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{subject} must be YAML; got {' '.join(str(error).split())}") from None
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

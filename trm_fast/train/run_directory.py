@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trm_fast._json import check_depth, load_object
 from trm_fast.train import _files
 
 LOCK = ".lock"
@@ -163,9 +164,10 @@ class RunDirectory:
 
         Raises:
             TypeError: the value is not of what JSON has.
+            ValueError: it is nested deeper than readers allow.
             OSError: it cannot be written; the file is as before.
         """
-        data = json.dumps(_strict(value), indent=2, allow_nan=False).encode() + b"\n"
+        data = json.dumps(_strict(value, name), indent=2, allow_nan=False).encode() + b"\n"
         with _files.explained("run directory", self.path / _plain(name)):
             _files.replace(self.path / name, data)
 
@@ -174,16 +176,17 @@ class RunDirectory:
 
         Raises:
             TypeError: the record is not of what JSON has.
+            ValueError: it is nested deeper than readers allow.
             OSError: it cannot be written; the file is as before.
         """
-        line = json.dumps(_strict(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json.dumps(_strict(record, name), separators=(",", ":"), allow_nan=False)
         with _files.explained("run directory", self.path / _plain(name)):
             if name not in self.opened:
                 self.opened[name] = _opened(self.path / name)
             handle = self.opened[name]
             end = os.fstat(handle).st_size
             try:
-                _files.write_all(handle, line)
+                _files.write_all(handle, line.encode() + b"\n")
             except OSError:
                 os.ftruncate(handle, end)
                 raise
@@ -222,13 +225,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     # What follows the last line feed was torn, or is nothing.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: must be one JSON object")
-        yield line + b"\n", record
+        yield line + b"\n", load_object(line, f"{path}:{number}:")
 
 
 def _beyond(record: Mapping[str, Any], step: int) -> bool:
@@ -253,11 +250,13 @@ def _plain(name: str) -> str:
     return name
 
 
-def _strict(value: Any) -> Any:
+def _strict(value: Any, name: str, depth: int = 0) -> Any:
+    """Replaces numbers that JSON has not; counts levels, as a cycle has no end."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    check_depth(depth + 1, f"run directory: {name}")
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return value
+        return {key: _strict(item, name, depth + 1) for key, item in value.items()}
+    return [_strict(item, name, depth + 1) for item in value]

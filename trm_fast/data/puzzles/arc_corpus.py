@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trm_fast._json import loads
 from trm_fast.data.puzzles.arc_grids import COLOURS, SEPARATOR, SIDE
 from trm_fast.data.puzzles.puzzle_set import Array
 
@@ -145,11 +145,8 @@ def read_arc_folder(folder: str | PathLike[str]) -> list[ArcTask]:
 
 
 def _read_task(path: Path, name: str) -> ArcTask:
+    found = loads(path.read_bytes(), f"{path}:")
     try:
-        return ArcTask.of_lists(name, json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: JSON is required; got {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: JSON is required; got {type(error).__name__}") from None
+        return ArcTask.of_lists(name, found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

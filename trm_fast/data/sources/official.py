@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from trm_fast._json import load_object, loads
 from trm_fast.data.puzzles import PuzzleMetadata, PuzzleSet
 from trm_fast.data.puzzles.merging import concatenate
 from trm_fast.data.puzzles.puzzle_set import Array
@@ -80,9 +81,7 @@ def read_official_sets(folder: str | PathLike[str], split: str = "train") -> dic
 
 
 def _read_metadata(path: Path) -> PuzzleMetadata:
-    found = _read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: an object is required; got {type(found).__name__}")
+    found = load_object(path.read_bytes(), f"{path}:")
     names = {field.name for field in fields(PuzzleMetadata)}
     missing, unknown = names - _OPTIONAL - found.keys(), found.keys() - names
     if missing or unknown:
@@ -140,14 +139,6 @@ def _load(path: Path, mmap_mode: Any) -> Array:
     return array
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", type(error).__name__)
-        raise ValueError(f"{path}: JSON is required; got {reason}") from None
-
-
 def read_identifiers(folder: str | PathLike[str]) -> list[str]:
     """Reads the name of each puzzle identifier from ``identifiers.json``.
 
@@ -156,7 +147,7 @@ def read_identifiers(folder: str | PathLike[str]) -> list[str]:
         ValueError: it is no JSON list of strings.
     """
     path = Path(folder) / "identifiers.json"
-    names = _read_json(path)
+    names = loads(path.read_bytes(), f"{path}:")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: a list of strings is required; got {type(names).__name__}")
     return names
@@ -170,11 +161,11 @@ def read_test_puzzles(folder: str | PathLike[str]) -> dict[str, Any]:
         ValueError: it is no JSON object of tasks.
     """
     path = Path(folder) / "test_puzzles.json"
-    found = _read_json(path)
-    tasks = found.values() if isinstance(found, dict) else [None]
+    found = load_object(path.read_bytes(), f"{path}:")
+    tasks = found.values()
     if not all(isinstance(task, dict) and isinstance(task.get("test"), list) for task in tasks):
         raise ValueError(f"{path}: an object of tasks, each with a list 'test', is required")
-    return dict(found)
+    return found
 
 
 def write_official(

@@ -16,6 +16,8 @@ from io import BufferedReader
 from os import PathLike, fspath
 from typing import Any, Literal, NamedTuple, TextIO
 
+from trm_fast._json import load_object
+
 OnBad = Literal["error", "quarantine"]
 Path = str | PathLike[str]
 
@@ -188,40 +190,34 @@ def jsonl_rows(
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(
-            text,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            object_pairs_hook=_without_duplicates,
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"malformed JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("malformed JSON: nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError("a row must be a JSON object")
+    found = load_object(
+        text,
+        "a row",
+        parse_constant=_no_constant,
+        parse_float=_finite,
+        object_pairs_hook=_without_duplicates,
+    )
     # Surrogates come in as escapes only; written out once more, those without a partner fail.
     if "\\ud" in text.lower() and not _encodable(json.dumps(found, ensure_ascii=False)):
-        raise ValueError("malformed JSON: a lone surrogate")
+        raise ValueError("a row must be JSON; got a lone surrogate")
     return found
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError("malformed JSON: a number is too large")
+        raise ValueError("a number that is too large")
     return value
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"malformed JSON: {name} is no JSON number")
+    raise ValueError(name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("malformed JSON: a key is given twice")
+        raise ValueError("a key twice")
     return found
 
 
@@ -324,8 +320,8 @@ def read_jsonl(
     """Reads one JSON object a line.
 
     A row is bad if it is blank, longer than allowed, not UTF-8, not JSON (cut off, NaN, Infinity,
-    a NUL, nested too deeply), has a key twice, or lacks a field or has one of another type, not
-    finite or with a lone surrogate. Other fields are kept as they are.
+    a NUL, nested more than 64 deep), has a key twice, or lacks a field or has one of another type,
+    not finite or with a lone surrogate. Other fields are kept as they are.
 
     Args:
         path: the file.

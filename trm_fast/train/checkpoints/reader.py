@@ -114,8 +114,6 @@ def _told(path: Path) -> Iterator[None]:
     try:
         with _files.explained("checkpoint", path):
             yield
-    except RecursionError:
-        raise ValueError(f"checkpoint: {path}: must not be nested so deep") from None
     except ValueError as error:
         raise ValueError(f"checkpoint: {path}: {error}") from None
 
@@ -139,7 +137,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
     if path.is_symlink() or not path.is_dir():
         raise ValueError("must be a directory")
     data = _files.read(path / MANIFEST, MAX_JSON)
-    manifest = _json(MANIFEST, data)
+    manifest = loads(data, MANIFEST)
     # A changed byte that means the same is a change too.
     if not isinstance(manifest, dict) or dumps(manifest) != data:
         raise ValueError(f"{MANIFEST} must be JSON as it was written")
@@ -181,18 +179,11 @@ def _contents(path: Path, name: str, manifest: Mapping[str, tuple[int, str]]) ->
     return data
 
 
-def _json(name: str, data: bytes) -> Any:
-    try:
-        return loads(data)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
 def _described(path: Path, manifest: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
     """Returns what state.json says, with the summary put together."""
     if manifest[STATE][0] > MAX_JSON:
         raise ValueError(f"{STATE} must have at most {MAX_JSON} bytes; got {manifest[STATE][0]}")
-    described = _json(STATE, _contents(path, STATE, manifest))
+    described = loads(_contents(path, STATE, manifest), STATE)
     kinds = {
         "format": int, "step": int, "serial": int, "score": (float, type(None)),
         "summary": dict, "parts": dict,

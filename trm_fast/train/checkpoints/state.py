@@ -32,7 +32,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-MAX_DEPTH = 64  # of nesting; json gives up at several times as much, and a cycle has no end
+from trm_fast import _json
+from trm_fast._json import MAX_DEPTH, check_depth
+
+# A level of state is at most three of JSON, as "$dict" with its list of pairs; a special number is
+# one more, and two are around the tree of a part.
+_JSON_DEPTH = 3 * MAX_DEPTH + 3
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -76,8 +81,7 @@ class _Part:
         if kind is float:
             finite = math.isfinite(value)
             return value if finite else {"$float": struct.pack(">d", value).hex()}
-        if len(keys) >= MAX_DEPTH:
-            raise ValueError(f"{self.path}: state must be nested at most {MAX_DEPTH} deep")
+        check_depth(len(keys) + 1, f"{self.path}: state")
         if isinstance(value, Tensor):
             return {"$tensor": self.name(value, keys)}
         if kind is torch.dtype and value in DTYPES:
@@ -142,8 +146,13 @@ class _Part:
             )
 
 
-def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unflatten(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     """Puts a state together again.
+
+    Args:
+        tree: what ``flatten`` returned.
+        tensors: by name.
+        depth: levels of the state around this one.
 
     Raises:
         ValueError: the tree is not one that ``flatten`` makes, or names a tensor that is missing.
@@ -151,29 +160,36 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tree is None or type(tree) in (bool, str, int, float):
         return tree
     if type(tree) is list:
-        return [unflatten(item, tensors) for item in tree]
+        return _items(tree, tensors, depth)
     tags = [key for key in tree if key.startswith("$")]
     if not tags:
-        return {key: unflatten(item, tensors) for key, item in tree.items()}
+        check_depth(depth + 1, "a tree")
+        return {key: unflatten(item, tensors, depth + 1) for key, item in tree.items()}
     if len(tree) != 1 or tags[0] not in _DECODERS:
         raise ValueError(f"a tree must be of known kinds; got an object with {tags[0][:40]!r}")
-    return _DECODERS[tags[0]](tree[tags[0]], tensors)
+    return _DECODERS[tags[0]](tree[tags[0]], tensors, depth)
 
 
-def _tensor(name: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+def _items(items: list[Any], tensors: Mapping[str, Tensor], depth: int) -> list[Any]:
+    check_depth(depth + 1, "a tree")
+    return [unflatten(item, tensors, depth + 1) for item in items]
+
+
+def _tensor(name: Any, tensors: Mapping[str, Tensor], _: int) -> Tensor:
     if type(name) is not str or name not in tensors:
         raise ValueError(f"a tree must name stored tensors; got {str(name)[:80]!r}")
     return tensors[name]
 
 
-def _tuple(items: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    return tuple(unflatten(_list(items), tensors))
+def _tuple(items: Any, tensors: Mapping[str, Tensor], depth: int) -> tuple[Any, ...]:
+    return tuple(_items(_list(items), tensors, depth))
 
 
-def _dict(pairs: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+def _dict(pairs: Any, tensors: Mapping[str, Tensor], depth: int) -> dict[Any, Any]:
+    check_depth(depth + 1, "a tree")
     found = {}
     for pair in _list(pairs):
-        key, value = (unflatten(item, tensors) for item in _list(pair, 2))
+        key, value = (unflatten(item, tensors, depth + 1) for item in _list(pair, 2))
         if type(key) not in (str, int):
             raise ValueError(f"a tree must have keys that are str or int; got {type(key).__name__}")
         found[key] = value
@@ -186,11 +202,11 @@ def _list(items: Any, length: int | None = None) -> list[Any]:
     return items
 
 
-def _int(text: Any, _: Mapping[str, Tensor]) -> int:
+def _int(text: Any, _: Mapping[str, Tensor], __: int) -> int:
     return int(_hex(text, r"-?0x[0-9a-f]+"), 16)
 
 
-def _float(text: Any, _: Mapping[str, Tensor]) -> float:
+def _float(text: Any, _: Mapping[str, Tensor], __: int) -> float:
     value: float = struct.unpack(">d", bytes.fromhex(_hex(text, r"[0-9a-f]{16}")))[0]
     return value
 
@@ -201,7 +217,7 @@ def _hex(text: Any, pattern: str) -> str:
     return text
 
 
-def _dtype(name: Any, _: Mapping[str, Tensor]) -> torch.dtype:
+def _dtype(name: Any, _: Mapping[str, Tensor], __: int) -> torch.dtype:
     found = next((dtype for dtype, known in DTYPES.items() if known == name), None)
     if found is None:
         raise ValueError(f"a dtype must be one of {', '.join(DTYPES.values())}; got {name!r:.40}")
@@ -223,27 +239,30 @@ def dumps(tree: Any) -> bytes:
     return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes, subject: str) -> Any:
     """Reads JSON of a stranger: bounded depth, bounded integers, no NaN.
+
+    Args:
+        data: the JSON.
+        subject: begins the messages.
 
     Raises:
         ValueError: it is no JSON or goes beyond these bounds.
     """
-    try:
-        return json.loads(data.decode("ascii"), parse_int=_bounded_int, parse_constant=_constant)
-    except RecursionError:
-        raise ValueError("JSON must not be nested so deep") from None
+    return _json.loads(
+        data, subject, max_depth=_JSON_DEPTH, parse_int=_bounded_int, parse_constant=_constant
+    )
 
 
 def _bounded_int(text: str) -> int:
     # 20 digits and a sign hold 64 bits; more would take time that grows with their square.
     if len(text) > 21:
-        raise ValueError(f"JSON must have integers of at most 20 digits; got {len(text)}")
+        raise ValueError(f"an integer of {len(text)} characters")
     return int(text)
 
 
 def _constant(name: str) -> None:
-    raise ValueError(f"JSON must be strict; got {name}")
+    raise ValueError(name)
 
 
 def dense(tensor: Tensor) -> Tensor:

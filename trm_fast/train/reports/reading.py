@@ -4,7 +4,6 @@ A run that was killed, that still goes on, or that has recorded nothing yet is t
 cannot be read is an error, and what had to be left out is among the notes.
 """
 
-import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from trm_fast._json import load_object
 from trm_fast.train import _files
 from trm_fast.train.run_directory import LOCK, read_records
 
@@ -196,15 +196,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} is missing")
         return {}
     with _files.explained("report", path):
-        try:
-            found = json.loads(_files.read(path, _MAX_JSON))
-        except RecursionError:
-            raise ValueError(f"{path}: must not be nested so deep") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: must be JSON; got {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: must be a JSON object; got {type(found).__name__}")
-    return found
+        return load_object(_files.read(path, _MAX_JSON), f"{path}:")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from trm_fast._json import load_object
 from trm_fast._version import __version__
 from trm_fast.recipes.grokking.bench.plan import ROWS
 from trm_fast.recipes.grokking.config import GrokkingConfig
@@ -133,7 +134,7 @@ class Plan:
         """
         path = self.path(row, seed)
         try:
-            outcome = Outcome(**json.loads(path.read_text()))
+            outcome = Outcome(**load_object(path.read_bytes(), f"bench grokking: {path}"))
         except FileNotFoundError:
             return None
         for name, value in _as_json(self.config(row, seed)).items():
@@ -151,8 +152,9 @@ class Plan:
 
     def timing(self) -> Timing | None:
         """Returns the measured times, or None if there are none."""
+        path = self.out / "time.json"
         try:
-            return Timing(**json.loads((self.out / "time.json").read_text()))
+            return Timing(**load_object(path.read_bytes(), f"bench grokking: {path}"))
         except FileNotFoundError:
             return None
 
