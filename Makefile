@@ -15,17 +15,26 @@ CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 # The compile step finds ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test bench lint build clean
+.PHONY: help demo test quick test-long bench lint build clean
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1 \2/p' Makefile | while read name text; do \
+		printf '%-10s %s\n' "$$name" "$$text"; done
 
 demo: build ## train on real data and show the result, in runs/demo
 	$(BIN)/trm-fast train sudoku --out runs/demo --overwrite
 	$(BIN)/trm-fast report runs/demo --html
 
 # One thread per process: the tensors of the tests are too small to share.
-test: lint build ## check style and types, then run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+test: lint build ## check style and types, then run the test suite
+	$(PYTEST) -m "not long"
+
+quick: build ## run the tests that take less than a minute: no compiler, processes or Triton
+	$(PYTEST) -m "not (long or slow or compile or processes or interpreter)"
+
+test-long: build ## run what takes minutes: a wheel from scratch, every GPU, full grids, kills
+	$(PYTEST) -m long
 
 bench: build $(INSTALLED_BENCH) ## compare speed with torch and other packages
 	$(BIN)/pytest bench

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .support.kinds import kinds
+
 # Triton reads both when it is first imported, so they are set before trm_fast is. Counting devices
 # asks the driver without starting CUDA in this process.
 NO_GPU = torch.version.cuda is None or torch.cuda.device_count() == 0
@@ -27,6 +29,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown:
         known = ", ".join(BACKENDS)
         raise pytest.UsageError(f"TRM_FAST_EXPECT must list {known}; got {', '.join(unknown)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for name in kinds(item):
+                item.add_marker(name)
 
 
 def device_of(backend: str) -> torch.device:

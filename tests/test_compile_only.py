@@ -44,16 +44,19 @@ def finish(process: subprocess.Popen) -> list[dict]:
 
 
 @cache
-def started(op: str) -> dict[int, subprocess.Popen]:
-    return {sm: start(KERNELS[op], sm) for sm in SMS}
-
-
-@cache
 def compiled(op: str, sm: int) -> tuple[dict, ...]:
-    return tuple(finish(started(op)[sm]))
+    return tuple(finish(start(KERNELS[op], sm)))
 
 
-@pytest.fixture(params=[(op, sm) for op in KERNELS for sm in SMS], ids=lambda p: f"{p[0]}-sm{p[1]}")
+# One GPU by default: a target costs several seconds of each op.
+TARGETS = [
+    pytest.param((op, sm), marks=[] if sm == 90 else pytest.mark.long, id=f"{op}-sm{sm}")
+    for op in KERNELS
+    for sm in SMS
+]
+
+
+@pytest.fixture(params=TARGETS)
 def built(request) -> tuple[dict, ...]:
     """The report of every specialisation of the kernels of an op on one target."""
     found = compiled(*request.param)

@@ -9,11 +9,14 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from setuptools import Distribution, Extension
+
+from .conftest import skip_unless_usable
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCES = (".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
@@ -86,19 +89,31 @@ def sdist(checkout: Path) -> Path:
     return checkout.parent / archive.name.removesuffix(".tar.gz")
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path) -> Path:
-    """A wheel with every library that this machine can build, made from the sdist."""
-    source = sdist.with_name("wheel-source")
+@cache
+def made(sdist: Path, kind: str) -> Path:
+    """Makes a wheel from the sdist."""
+    source = sdist.with_name(f"source-of-{kind}")
     shutil.copytree(sdist, source)
     leave_old_build(source)
-    target = sdist.with_name("wheels")
-    cuda = "1" if HAS_NVCC else "0"
+    target = sdist.with_name(f"wheels-{kind}")
     command = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", target, "."]
-    done = run_python(source, *command, TRM_FAST_CPU="1", TRM_FAST_CUDA=cuda, TRM_FAST_DATA="1")
+    cuda = "1" if HAS_NVCC else "0"
+    all_of_them = {"TRM_FAST_CPU": "1", "TRM_FAST_CUDA": cuda, "TRM_FAST_DATA": "1"}
+    done = run_python(source, *command, **(all_of_them if kind == "full" else {}))
     assert done.returncode == 0, done.stdout + done.stderr
     (archive,) = target.glob("*.whl")
     return archive
+
+
+@pytest.fixture(scope="module", params=["plain", pytest.param("full", marks=pytest.mark.long)])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Without libraries, and with every library that this machine can build."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, kind: str) -> Path:
+    return made(sdist, kind)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +122,25 @@ def unpacked(wheel: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
+
+
+@pytest.fixture(params=["checkout", pytest.param("wheel", marks=pytest.mark.long)])
+def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The package with its libraries: those that lie in the checkout, and those of a wheel."""
+    if request.param == "checkout":
+        skip_unless_usable("cpp")
+        shutil.copytree(ROOT / "trm_fast", tmp_path / "trm_fast")
+        return tmp_path
+    with zipfile.ZipFile(made(request.getfixturevalue("sdist"), "full")) as archive:
+        archive.extractall(tmp_path)
+    return tmp_path
+
+
+def library_in(built: Path, name: str) -> Path:
+    path = built / "trm_fast" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not built here")
+    return path
 
 
 @pytest.fixture
@@ -145,8 +179,9 @@ def test_sdist_has_nothing_built(sdist: Path) -> None:
     assert built == set()
 
 
-def test_wheel_has_the_package_and_nothing_else(checkout: Path, unpacked: Path) -> None:
+def test_wheel_has_the_package_and_nothing_else(checkout: Path, unpacked: Path, kind: str) -> None:
     libraries = {"_cpu.so", DATA} | ({"_cuda.so"} if HAS_NVCC else set())
+    libraries = libraries if kind == "full" else set()
     found = {name for name in files_below(unpacked) if ".dist-info/" not in name}
     assert found == package_files(checkout) | {f"trm_fast/{library}" for library in libraries}
 
@@ -163,10 +198,11 @@ def test_wheel_requires_only_torch_and_numpy(unpacked: Path) -> None:
     assert sorted(required) == ["numpy", "torch>=2.11"]
 
 
-def test_wheel_with_the_module_serves_one_python(wheel: Path) -> None:
+def test_wheel_with_the_module_serves_one_python(wheel: Path, kind: str) -> None:
     platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
     python = "cp{}{}".format(*sys.version_info)
-    assert wheel.name.endswith(f"-{python}-{python}-{platform}.whl")
+    wanted = f"{python}-{python}-{platform}" if kind == "full" else "py3-none-any"
+    assert wheel.name.endswith(f"-{wanted}.whl")
 
 
 @pytest.mark.parametrize(
@@ -194,45 +230,45 @@ def needed_by(library: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_library_needs_only_stable_libraries(unpacked: Path, library: str) -> None:
-    needed = needed_by(unpacked / "trm_fast" / library)
+def test_library_needs_only_stable_libraries(built: Path, library: str) -> None:
+    needed = needed_by(library_in(built, library))
     assert needed - ALLOWED[library] == set()
     assert "libtorch_cpu" in needed
 
 
-def test_module_needs_no_torch(unpacked: Path) -> None:
+def test_module_needs_no_torch(built: Path) -> None:
     # libpthread is a part of libc from glibc 2.34 on.
-    assert needed_by(unpacked / "trm_fast" / DATA) - SYSTEM - {"libpthread"} == set()
+    assert needed_by(library_in(built, DATA)) - SYSTEM - {"libpthread"} == set()
     code = "import sys, trm_fast._data as data; print(data.__file__, 'torch' in sys.modules)"
-    done = run_python(unpacked.parent, "-c", code, PYTHONPATH=str(unpacked))
-    assert done.stdout.split() == [str(unpacked / "trm_fast" / DATA), "False"], done.stderr
+    done = run_python(built.parent, "-c", code, PYTHONPATH=str(built))
+    assert done.stdout.split() == [str(built / "trm_fast" / DATA), "False"], done.stderr
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_library_needs_no_cxx_symbol_of_torch(unpacked: Path, library: str) -> None:
-    command = ["nm", "-D", "--undefined-only", unpacked / "trm_fast" / library]
+def test_library_needs_no_cxx_symbol_of_torch(built: Path, library: str) -> None:
+    command = ["nm", "-D", "--undefined-only", library_in(built, library)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_" in text
     assert re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w+", text) == []
 
 
 @pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
-def test_cuda_library_names_libtorch_cuda(unpacked: Path) -> None:
-    command = ["readelf", "-d", unpacked / "trm_fast/_cuda.so"]
+def test_cuda_library_names_libtorch_cuda(built: Path) -> None:
+    command = ["readelf", "-d", library_in(built, "_cuda.so")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cuda.so]" in text
 
 
 @pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("elf", {"sm_80", "sm_90", "sm_100"}), ("ptx", {"sm_100"})]
+    ("code", "expected"), [("elf", {"sm_80", "sm_90", "sm_100"}), ("ptx", {"sm_100"})]
 )
-def test_cuda_library_has_code_for(unpacked: Path, kind: str, expected: set[str]) -> None:
+def test_cuda_library_has_code_for(built: Path, code: str, expected: set[str]) -> None:
     triton = importlib.util.find_spec("triton")
     if triton is None:
         pytest.skip("needs the cuobjdump that Triton brings")
     cuobjdump = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
-    command = [cuobjdump, f"--list-{kind}", unpacked / "trm_fast/_cuda.so"]
+    command = [cuobjdump, f"--list-{code}", library_in(built, "_cuda.so")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert set(re.findall(r"sm_\d+", text)) == expected
 

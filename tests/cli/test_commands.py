@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import trm_fast
+from trm_fast import _dispatch
 from trm_fast._dispatch import unusable
 from trm_fast.cli import main
 from trm_fast.ops import OPS
@@ -67,12 +68,23 @@ def test_explain_refuses_in_one_line(capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_doctor_passes(capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backends",
+    # The interpreter takes a minute; tests/ops checks the same examples, each backend by itself.
+    [("reference", "cpp", "cuda"), pytest.param(_dispatch.BACKENDS, marks=pytest.mark.long)],
+    ids=["built", "all"],
+)
+def test_doctor_passes(capsys, monkeypatch, backends):
+    monkeypatch.setattr(_dispatch, "BACKENDS", backends)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "ok    adaptive_step cpu reference" in text and "FAIL" not in text
+    assert "FAIL" not in text
+    for op in OPS:
+        assert f"ok    {op} cpu reference" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(unusable("cpp", "cpu") is not None, reason="needs the C++ library")
 def test_doctor_exits_1_and_names_what_is_wrong(capsys, monkeypatch):
     op = OPS["adaptive_step"]

@@ -134,6 +134,7 @@ def test_every_setting_does_what_it_does_in_the_plain_model(settings):
     compare(settings, "float64", "reference", batch=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_fifty_training_steps_stay_with_the_plain_model(mixer):
     """In float64, with the carry, halting by q and both optimizers."""

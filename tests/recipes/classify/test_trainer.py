@@ -470,7 +470,10 @@ class TestIntegration:
         # where the gradient is as small; such weights change the loss by far less than this.
         assert found["cpp"]["loss"] == pytest.approx(found["reference"]["loss"], rel=1e-3)
 
-    @pytest.mark.parametrize("seed", [0, 7, 8])
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "seed", [7, *(pytest.param(seed, marks=pytest.mark.long) for seed in (0, 8))]
+    )
     def test_the_synthetic_task_is_learned(self, seed):
         """Three seeds that get there soon; of ten seeds, five do within 25 epochs."""
         torch.manual_seed(seed)

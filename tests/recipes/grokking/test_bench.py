@@ -246,6 +246,8 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path):
         assert mine
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_train_every_run_once(tmp_path, capfd):
     alone = train(small(tmp_path / "alone"))
     capfd.readouterr()

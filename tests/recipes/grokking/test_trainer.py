@@ -99,6 +99,7 @@ def test_only_reading_the_last_position_changes_nothing():
     torch.testing.assert_close(model(tokens), full, rtol=0, atol=1.1e-13)
 
 
+@pytest.mark.slow
 def test_the_first_epochs_are_those_of_the_published_code(tmp_path):
     train(GrokkingConfig(iterations=30, device="cpu", plot=False, out=str(tmp_path)))
     lines = [dataclasses.asdict(found) for found in metrics_of(tmp_path)]

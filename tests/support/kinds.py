@@ -1,0 +1,77 @@
+"""What a test needs, read from its code: the compiler, other processes, Triton's interpreter."""
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+# Names by which code reaches what costs seconds.
+COMPILE = {"torch.compile", "opcheck"}
+PROCESSES = {"subprocess", "Popen", "multiprocessing", "ProcessPoolExecutor", "fork", "forkserver"}
+PACKAGE = __name__.partition(".")[0]
+
+
+def kinds(item: pytest.Function) -> Iterator[str]:
+    """Yields the names of the markers that a test gets beside those that it has."""
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    fixtures = (definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values())
+    functions = [item.function, *fixtures, *(p for p in params if isinstance(p, FunctionType))]
+    used = frozenset().union(*map(names_used, functions))
+    if used & COMPILE:
+        yield "compile"
+    if used & PROCESSES:
+        yield "processes"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        words = {param for param in params if isinstance(param, str)}
+        # As in skip_unless_usable("triton").
+        words = words.union(*(f.__code__.co_consts for f in functions if hasattr(f, "__code__")))
+        if "triton" in words:
+            yield "interpreter"
+
+
+@cache
+def names_used(function: Any) -> frozenset[str]:
+    """Returns the names in a function, and in all functions of the tests that it may call."""
+    found: set[str] = set()
+    known: set[FunctionType] = set()
+    rest = [function]
+    while rest:
+        current = rest.pop()
+        current = getattr(current, "__wrapped__", current)
+        if isinstance(current, type):
+            rest += [value for value in vars(current).values() if isinstance(value, FunctionType)]
+        if isinstance(current, FunctionType) and current not in known:
+            known.add(current)
+            names = _names(current.__code__)
+            found |= names
+            rest += _called(current, names)
+    return frozenset(found)
+
+
+def _names(code: CodeType) -> set[str]:
+    """Returns the names in code and in the functions inside it."""
+    names = {*code.co_names}
+    # An attribute of torch, unless it is re that compiles.
+    if {"torch", "compile"} <= names and "re" not in names:
+        names.add("torch.compile")
+    return names.union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _called(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    """Yields what the names mean, as far as it is code of the tests."""
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, ModuleType):
+            yield from filter(_own, (getattr(value, attribute, None) for attribute in names))
+        elif isinstance(value, dict):
+            yield from filter(_own, value.values())
+        elif _own(value):
+            yield value
+
+
+def _own(value: Any) -> bool:
+    module = str(getattr(value, "__module__", ""))
+    return callable(value) and module.partition(".")[0] == PACKAGE
