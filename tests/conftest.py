@@ -1,7 +1,9 @@
-"""Settings and fixtures of the whole suite: Triton's interpreter, backends, poisoned memory."""
+"""Settings and fixtures of the whole suite: Triton's interpreter, backends, what no test leaves."""
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,34 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """The device on which ``backend`` is tested."""
     return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gives each test the same process: its order among the others must not matter."""
+    # These tensors are too small for more threads.
+    torch.set_num_threads(1)
+    torch.default_generator.manual_seed(request.config.getoption("randomly_seed", 0))
+    limit, before = sys.getrecursionlimit(), _state()
+    yield
+    if request.node.get_closest_marker("compile"):
+        torch._dynamo.reset()
+    # torch's compiler raises it on the way.
+    sys.setrecursionlimit(limit)
+    after = _state()
+    assert after == before, [name for name in before if after[name] != before[name]]
+
+
+def _state() -> dict[str, Any]:
+    """What belongs to the process and has to be as it was."""
+    variables = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "directory": os.getcwd(),
+        "environment": variables,
+    }
 
 
 @pytest.fixture(autouse=True)

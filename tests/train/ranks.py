@@ -256,9 +256,9 @@ SCENES: dict[str, Callable[[Path], Any]] = {
 def play(rank: int, size: int, directory: Path) -> int:
     """Does all of it and writes what came out, or the error, into ``directory``."""
     store = f"file://{directory / 'store'}"
-    # An error in one process leaves the other waiting.
+    # An error in one process may leave the other waiting; a busy machine may take its time.
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=20)
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=5)
     )
     for name, scene in SCENES.items():
         try:
