@@ -3,20 +3,15 @@
 Source: SamsungSAILMontreal/TinyRecursiveModels at e7b6871.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trm_fast.nn._config import CONFIGS, TRMConfig, config_of
-
-if TYPE_CHECKING:
-    from trm_fast.nn.tiny_recursive_model import TinyRecursiveModel
 
 _PREFIXES = ("_orig_mod.", "model.", "inner.")
 _TABLE = "puzzle_emb.weights"
@@ -40,12 +35,12 @@ _LAYER = {
 }
 
 
-def named(model: TinyRecursiveModel) -> dict[str, Tensor]:
-    """Returns parameters and buffers of a model under their official names, without prefix."""
+def named(model: nn.Module, config: TRMConfig) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a model under their official names, without prefix."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = {theirs: ours for theirs, ours in _NAMES.items() if ours in own}
-    mixing = "mlp_t." if model.config.mlp_t else "self_attn."
-    for layer in range(model.config.L_layers):
+    mixing = "mlp_t." if config.mlp_t else "self_attn."
+    for layer in range(config.L_layers):
         for theirs, ours in _LAYER.items():
             if theirs.startswith((mixing, "mlp.")):
                 names[f"L_level.layers.{layer}.{theirs}"] = f"recursion.net.blocks.{layer}.{ours}"
@@ -104,13 +99,15 @@ def config_from(state: Mapping[str, Tensor], config: TRMConfig | str | None) -> 
     return config if length is None else replace(config, seq_len=length - config.puzzle_positions)
 
 
-def load(model: TinyRecursiveModel, state: Mapping[str, Tensor], mean_puzzle_row: bool) -> None:
-    """Copies a checkpoint into a model, after all of it has been checked.
+def load(
+    model: nn.Module, config: TRMConfig, state: Mapping[str, Tensor], mean_puzzle_row: bool
+) -> None:
+    """Copies a checkpoint into a model of this config, after all of it has been checked.
 
     Raises:
         ValueError: a name is missing or unknown, or a shape does not fit.
     """
-    wanted = named(model)
+    wanted = named(model, config)
     missing, unknown = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     if missing:
         raise _error(f"the checkpoint must have {_listed(missing)}; got none")

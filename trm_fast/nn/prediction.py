@@ -1,18 +1,16 @@
-"""Answers of a trained model, and the official evaluation."""
+"""The loops behind ``predict`` and ``evaluate``, for any model with supervision steps."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trm_fast.nn.carry import Batch
+from trm_fast.losses.halting import HaltingLoss
+from trm_fast.nn.carry import Batch, Outputs
 
-if TYPE_CHECKING:
-    from trm_fast.nn.tiny_recursive_model import TinyRecursiveModel
+States = tuple[Tensor, ...]
+Carried = TypeVar("Carried")
 
 
 class Prediction(NamedTuple):
@@ -31,72 +29,76 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    model: TinyRecursiveModel,
-    inputs: Tensor,
-    puzzle_ids: Tensor | None,
-    max_steps: int | None,
-    early_halt: bool,
+    start: Callable[[Batch], States],
+    step: Callable[[States, Batch], tuple[States, Outputs]],
+    wants_halt: Callable[[Outputs], Tensor],
+    data: Batch,
+    *,
+    max_steps: int,
+    early_halt: bool = True,
 ) -> Prediction:
-    """See ``TinyRecursiveModel.predict``."""
-    most = model.config.halt_max_steps if max_steps is None else max_steps
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ValueError(
-            f"TinyRecursiveModel.predict: max_steps must be a whole number >= 1; got {max_steps!r}"
-        )
-    if puzzle_ids is None:
-        puzzle_ids = inputs.new_zeros(inputs.shape[0])
-    data = {"inputs": inputs, "puzzle_identifiers": puzzle_ids}
-    with evaluating(model):
-        return _run(model, data, most, early_halt)
+    """Returns the answers to some puzzles.
 
+    A sequence that wants to halt is finished, and leaves the batch, so that later steps cost only
+    what is left.
 
-def _run(model: TinyRecursiveModel, data: dict[str, Tensor], most: int, early: bool) -> Prediction:
-    y, z, *_ = model.initial_carry(data)
-    left = torch.arange(y.shape[0], device=y.device)
-    tokens = torch.zeros_like(data["inputs"], dtype=torch.int64)
-    q_halt = model.q_head(y)[:, 0]
-    steps = torch.zeros_like(left)
-    for step in range(1, most + 1):
-        y, z, outputs = model.step(y, z, data)
+    Args:
+        start: data to the states before the first step, each of them batch first.
+        step: states and data to the next states and the outputs of the step.
+        wants_halt: outputs to a bool for each sequence, [batch].
+        data: tensors by name, batch first.
+        max_steps: supervision steps at most, >= 1.
+        early_halt: whether sequences halt before that.
+
+    Returns:
+        A ``Prediction``.
+    """
+    states, outputs = step(start(data), data)
+    tokens, q_halt = outputs.logits.argmax(-1), outputs.q_halt.clone()
+    steps = torch.ones(len(tokens), dtype=torch.int64, device=tokens.device)
+    left = torch.arange(len(tokens), device=tokens.device)
+    for number in range(2, max_steps + 1):
+        if early_halt:
+            going = (~wants_halt(outputs)).nonzero()[:, 0]
+            if not len(going):
+                break
+            if len(going) < len(left):
+                left, states = left[going], tuple(state[going] for state in states)
+                data = {name: value[going] for name, value in data.items()}
+        states, outputs = step(states, data)
         tokens[left] = outputs.logits.argmax(-1)
         q_halt[left] = outputs.q_halt
-        steps[left] = step
-        if not early or step == most:
-            continue
-        going = (~model.wants_halt(outputs)).nonzero()[:, 0]
-        if not len(going):
-            break
-        if len(going) < len(left):
-            left, y, z = left[going], y[going], z[going]
-            data = {name: value[going] for name, value in data.items()}
+        steps[left] = number
     return Prediction(tokens, q_halt, steps)
 
 
 @torch.no_grad()
 def evaluate(
-    model: TinyRecursiveModel, batches: Iterable[Batch], options: dict[str, Any]
+    start: Callable[[Batch], Carried],
+    step: Callable[[Carried, Batch], tuple[Carried, Outputs]],
+    loss: Callable[[Carried, Outputs], HaltingLoss],
+    batches: Iterable[Batch],
+    steps: int,
 ) -> dict[str, float]:
-    """See ``TinyRecursiveModel.evaluate``."""
+    """Returns the means of the official evaluation: each batch starts anew and takes all steps, of
+    which the last one counts.
+
+    Args:
+        start: a batch to the carry before the first step.
+        step: carry and batch to the next carry and the outputs of the step.
+        loss: carry and outputs to loss and metrics, which are sums over "count" sequences.
+        batches: the data.
+        steps: supervision steps, >= 1.
+
+    Returns:
+        "count", and means over the sequences.
+    """
     sums: dict[str, Tensor] = {}
-    with evaluating(model):
-        for batch in batches:
-            carry = model.initial_carry(batch)
-            for _ in range(model.config.halt_max_steps):
-                carry, outputs = model(carry, batch)
-            found = model.loss(carry, outputs, divisor=1, **options)
-            for name, value in found.metrics.items():
-                sums[name] = sums[name] + value.double() if name in sums else value.double()
+    for batch in batches:
+        carry = start(batch)
+        for _ in range(steps):
+            carry, outputs = step(carry, batch)
+        for name, value in loss(carry, outputs).metrics.items():
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
     count = float(sums.pop("count", torch.tensor(0.0)))
     return {"count": count} | {name: float(total) / max(count, 1.0) for name, total in sums.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

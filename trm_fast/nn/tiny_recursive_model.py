@@ -1,6 +1,7 @@
 """``TinyRecursiveModel``: the official model for puzzles, with its carry, halting and loss."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,8 +16,9 @@ from trm_fast.nn._init import truncated_normal_, weight
 from trm_fast.nn.block import Blocks
 from trm_fast.nn.carry import Batch, Carry, Outputs, refill
 from trm_fast.nn.embeddings import LearnedPositions, SparsePuzzleEmbedding, TokenEmbedding
+from trm_fast.nn.evaluating import evaluating
 from trm_fast.nn.halting import QTokenHalt
-from trm_fast.nn.prediction import Prediction, evaluate, predict
+from trm_fast.nn.prediction import Prediction, States, evaluate, predict
 from trm_fast.nn.recursion import Recursion
 from trm_fast.ops._autocast import activation
 
@@ -199,7 +201,33 @@ class TinyRecursiveModel(nn.Module):
         Raises:
             ValueError: a shape or number is wrong, or, on the CPU, an id is out of range.
         """
-        return predict(self, inputs, puzzle_ids, max_steps, early_halt)
+        most = self.config.halt_max_steps if max_steps is None else max_steps
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ValueError(
+                "TinyRecursiveModel.predict: max_steps must be a whole number >= 1; got "
+                f"{max_steps!r}"
+            )
+        if puzzle_ids is None:
+            puzzle_ids = inputs.new_zeros(inputs.shape[0])
+        data = {"inputs": inputs, "puzzle_identifiers": puzzle_ids}
+        with evaluating(self):
+            return predict(
+                self._start,
+                self._step,
+                self.wants_halt,
+                data,
+                max_steps=most,
+                early_halt=early_halt,
+            )
+
+    def _start(self, data: Batch) -> States:
+        carry = self.initial_carry(data)
+        return carry.y, carry.z
+
+    def _step(self, states: States, data: Batch) -> tuple[States, Outputs]:
+        y, z = states
+        y, z, outputs = self.step(y, z, data)
+        return (y, z), outputs
 
     def evaluate(self, batches: Iterable[Batch], **options: Any) -> dict[str, float]:
         """Returns the means of the official evaluation: each batch starts anew, takes
@@ -213,7 +241,9 @@ class TinyRecursiveModel(nn.Module):
             "count", the number of sequences, and means over them: "accuracy", "exact_accuracy",
             "q_halt_accuracy", "steps", "lm_loss", "q_halt_loss", "q_continue_loss".
         """
-        return evaluate(self, batches, options)
+        loss = partial(self.loss, divisor=1, **options)
+        with evaluating(self):
+            return evaluate(self.initial_carry, self, loss, batches, self.config.halt_max_steps)
 
     def load_official(
         self,
@@ -232,7 +262,7 @@ class TinyRecursiveModel(nn.Module):
         Raises:
             ValueError: a name is missing, unknown or twice there, or a shape does not fit.
         """
-        _official.load(self, _official.read(source), mean_puzzle_row)
+        _official.load(self, self.config, _official.read(source), mean_puzzle_row)
 
     @classmethod
     def from_official(
@@ -257,7 +287,7 @@ class TinyRecursiveModel(nn.Module):
         state = _official.read(source)
         found = _official.config_from(state, config)
         model = cls(config_of(found, overrides))
-        _official.load(model, state, False)
+        _official.load(model, model.config, state, False)
         return model
 
     def official_state_dict(self, prefix: str = "_orig_mod.model.inner.") -> dict[str, Tensor]:
@@ -267,7 +297,8 @@ class TinyRecursiveModel(nn.Module):
             prefix: put before each name; the official code saves with this one where the model is
                 compiled, and with ``model.inner.`` where it is not.
         """
-        return {prefix + theirs: t.detach() for theirs, t in _official.named(self).items()}
+        own = _official.named(self, self.config)
+        return {prefix + theirs: tensor.detach() for theirs, tensor in own.items()}
 
     def _embedded(self, data: Batch) -> Tensor:
         config, dtype = self.config, activation(self.y_init).dtype

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from trm_fast.nn.prediction import evaluating
+from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.train._ending import ended
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trm_fast.losses import PHI, complexity
 from trm_fast.nn import Recursion
-from trm_fast.nn.prediction import evaluating
+from trm_fast.nn.evaluating import evaluating
 from trm_fast.nn.vector_net import VectorNet
 
 State = tuple[Tensor, Tensor, Tensor | None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trm_fast.nn.prediction import evaluating
+from trm_fast.nn.evaluating import evaluating
 from trm_fast.recipes.classify.config import PRESETS, ClassifyConfig
 from trm_fast.recipes.classify.data import EpochBatches, TRMDataModule, checked_batches
 from trm_fast.recipes.classify.loss import ClassifyObjective, TRMLoss

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trm_fast.data.puzzles import PuzzleSet, evaluation_batches
 from trm_fast.nn import TinyRecursiveModel
-from trm_fast.nn.prediction import evaluating
+from trm_fast.nn.evaluating import evaluating
 
 Draw = Callable[[Tensor, Tensor, Tensor], list[str]]
 
