@@ -189,6 +189,7 @@ class Op:
     composed: tuple[str, ...] = ()
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
+    notes: dict[str, dict[str, None]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -278,6 +279,20 @@ def _constant_choice(op: str, key: tuple[Any, ...]) -> str:
     return OPS[op]._remembered(key).backend
 
 
+@constant_result
+def note_fallback(op: str, device_type: str, dtype: torch.dtype, instead: str, reason: str) -> None:
+    """Notes among the fallbacks of an op that a call which it might serve ran without it.
+
+    Args:
+        op: its name.
+        device_type, dtype: of the call.
+        instead: how the call ran.
+        reason: why.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    OPS[op].notes.setdefault(f"{device_type} {kind} ran {instead}", {})[reason] = None
+
+
 def backends() -> dict[str, dict[str, dict[str, str]]]:
     """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot
     run.
@@ -313,4 +328,4 @@ def _fallbacks(op: Op) -> dict[str, str]:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
             reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.skipped)
             found[f"{device_type} {kinds} ran on {choice.backend}"] = reasons
-    return found
+    return found | {call: "; ".join(reasons) for call, reasons in op.notes.items()}

@@ -44,6 +44,12 @@ def small(mixer: str = "attention", dtype: str = "float64", **settings) -> TRMCo
     return TRMConfig(**chosen | settings)
 
 
+def mixing(mixer: str, length: int, heads: int = 2) -> dict[str, object]:
+    """The options of a block for one of the official mixers."""
+    options = {"length": length} if mixer == "mlp_t" else {"heads": heads}
+    return {"mixer": mixer, **options}
+
+
 def make(config: TRMConfig, seed: int = 0) -> TinyRecursiveModel:
     """A model whose weights are those of its seed in float32, in any dtype of the activations.
 

@@ -8,7 +8,7 @@ from trm_fast import use_backend
 from trm_fast.nn import Blocks, Recursion
 
 from ..conftest import skip_unless_usable
-from .checks import DOUBLE
+from .checks import DOUBLE, mixing
 
 LENGTHS = (1, 7, 81, 97)
 
@@ -162,7 +162,7 @@ def test_the_scale_may_be_a_function_or_be_trained():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_blocks_run_as_written_out(mixer, length, batch):
     torch.manual_seed(0)
-    net = Blocks(16, 2, heads=2, length=length, mixer=mixer).double()
+    net = Blocks(16, 2, **mixing(mixer, length)).double()
     x, y, z = states(batch, length, 16)
     recursion = Recursion(net, 2, 2)
     found = recursion(x, y, z)
@@ -182,8 +182,8 @@ def test_blocks_run_as_written_out(mixer, length, batch):
 def test_the_fused_recursion_is_that_of_the_layers(backend, mixer):
     skip_unless_usable(backend)
     torch.manual_seed(0)
-    net = Blocks(32, 2, heads=2, length=9, mixer=mixer)
-    wide = Blocks(32, 2, heads=2, length=9, mixer=mixer).double()
+    net = Blocks(32, 2, **mixing(mixer, 9))
+    wide = Blocks(32, 2, **mixing(mixer, 9)).double()
     wide.load_state_dict(net.state_dict())
     given = states(2, 9, 32)
     found, errors = {}, {}
@@ -221,7 +221,7 @@ def test_recomputed_gradients_are_equal_to_the_bit(norm, grad_cycles):
 @pytest.mark.parametrize("grad_cycles", [0, 1])
 def test_cycles_without_gradients_pass_none_on(grad_cycles, mixer, backend):
     skip_unless_usable(backend)
-    net = Blocks(32, 2, heads=2, length=9, mixer=mixer).requires_grad_(False)
+    net = Blocks(32, 2, **mixing(mixer, 9)).requires_grad_(False)
     x, y, z = (state.detach().float() for state in states(2, 9, 32))
     with use_backend(backend):
         recursion = Recursion(net, 2, 2, grad_cycles=grad_cycles)
@@ -251,7 +251,7 @@ def saved_bytes(run) -> int:
 def test_recomputation_keeps_the_inputs_of_the_calls_only(backend, mixer):
     skip_unless_usable(backend)
     torch.manual_seed(0)
-    n, net = 6, Blocks(32, 2, heads=2, length=97, mixer=mixer)
+    n, net = 6, Blocks(32, 2, **mixing(mixer, 97))
     x, y, z = (torch.randn(4, 97, 32) for _ in range(3))
     with use_backend(backend):
         kept = {

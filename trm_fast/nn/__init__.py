@@ -6,6 +6,7 @@ from trm_fast.nn.block import Block, Blocks
 from trm_fast.nn.carry import Carry, Outputs
 from trm_fast.nn.embeddings import LearnedPositions, SparsePuzzleEmbedding, TokenEmbedding
 from trm_fast.nn.halting import PooledHalt, QTokenHalt
+from trm_fast.nn.mixer import FusedMixer, Mixer, named_mixer
 from trm_fast.nn.norm import RMSNorm
 from trm_fast.nn.prediction import Prediction
 from trm_fast.nn.recursion import Recursion
@@ -21,7 +22,9 @@ __all__ = [
     "Block",
     "Blocks",
     "Carry",
+    "FusedMixer",
     "LearnedPositions",
+    "Mixer",
     "Outputs",
     "PooledHalt",
     "Prediction",
@@ -37,4 +40,5 @@ __all__ = [
     "VectorNet",
     "inner_width",
     "joint_supervision",
+    "named_mixer",
 ]

@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from trm_fast.nn._init import check_sizes, weight
+from trm_fast.nn.mixer import FusedMixer, Mixer, named_mixer
 from trm_fast.ops._autocast import activation
 from trm_fast.ops.rope_attention import rope_attention
 
 
-class Attention(nn.Module):
+@named_mixer("attention")
+class Attention(Mixer):
     """Self-attention without biases; ``trm_fast.ops.rope_attention`` defines what is between the
     projections.
 
@@ -34,10 +36,12 @@ class Attention(nn.Module):
         ValueError: a size is not a whole number >= 1, or heads do not divide what they must.
     """
 
+    takes_padding = True
+
     def __init__(
         self,
         width: int,
-        heads: int,
+        heads: int = 8,
         kv_heads: int | None = None,
         *,
         theta: float | None = 10000.0,
@@ -82,6 +86,21 @@ class Attention(nn.Module):
         else:
             mixed = rope_attention(q, k, v, **options)
         return linear(mixed, self.out.to(x.dtype))
+
+    @property
+    def draws_nothing(self) -> bool:
+        return type(self) is Attention
+
+    def fused_form(self) -> FusedMixer | str:
+        if type(self) is not Attention:  # whose forward may do something else
+            return super().fused_form()
+        if self.causal or self.window is not None or self.kv_heads != self.heads:
+            return "attention is causal, has a window or shares keys"
+        if self.head_dim % 2:
+            return f"attention has an odd head dim, {self.head_dim}"
+        if self.report is not None and self.training:
+            return "attention reports its largest logits"
+        return FusedMixer("attention", (self.qkv, self.out), self.heads, self.theta)
 
     def extra_repr(self) -> str:
         return (

@@ -1,17 +1,27 @@
 """``Block``, a mixing layer and a feed-forward layer with their norms, and ``Blocks``, a stack."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from trm_fast._dispatch import note_fallback
 from trm_fast.nn._hooks import is_hooked
 from trm_fast.nn._init import check_sizes
-from trm_fast.nn.attention import Attention
+from trm_fast.nn.mixer import make_mixer
 from trm_fast.nn.norm import RMSNorm
 from trm_fast.nn.swiglu import SwiGLU
-from trm_fast.nn.token_mixer import TokenMixer
 from trm_fast.ops.latent_update import Network, latent_update
+
+MixerOption = str | nn.Module | Callable[..., nn.Module]
+
+
+class FusedLayer(NamedTuple):
+    """A block as ``latent_update`` runs it."""
+
+    network: Network
+    weights: tuple[Tensor, ...]
 
 
 class Block(nn.Module):
@@ -24,58 +34,47 @@ class Block(nn.Module):
 
     Args:
         width: features of each token.
-        heads: of attention; a divisor of ``width``.
-        length: tokens of each sequence, for the mixer "mlp_t", which needs it.
         norm: "post", as in official TRM, or "pre".
-        mixer: "attention", or "mlp_t", a gated layer over the tokens. The norm behind the latter in
-            post-norm runs over the tokens, with one scale for each channel of a sample; all others
-            run over the features.
+        mixer: "attention"; "mlp_t", a gated layer over the tokens; another name of ``named_mixer``;
+            a module; or a class or function that is called with the width and the options and
+            returns a module. ``trm_fast.nn.Mixer`` says what a module may have. The norm behind
+            "mlp_t" in post-norm runs over the tokens, with one scale for each channel of a sample.
         expansion: of the gated layers, as for ``inner_width``.
         inner: inner width of ``SwiGLU``; None computes it from ``expansion``.
         norm_weight: whether the norms have factors; None means no for "post" and yes for "pre".
-        kv_heads: as for ``Attention``, like ``theta``, ``causal`` and ``window``.
-        theta: base of the rotary frequencies; None for no positions.
-        causal: whether a token sees no later one.
-        window: a token sees only those less than so many positions away; None for all.
         eps: of the norms.
         dropout: probability, in [0, 1), that a feature is dropped in training.
+        **options: of the mixer: for "attention" ``heads`` (8), ``kv_heads``, ``theta``, ``causal``
+            and ``window`` of ``Attention``; for "mlp_t" ``length``, the tokens of each sequence,
+            which must be given.
 
     Raises:
-        ValueError: a size, name or probability is out of range, or ``length`` is missing.
+        ValueError: a size, name or probability is out of range, or an option is missing or none of
+            the mixer's.
+        TypeError: the mixer is none of these.
     """
 
     def __init__(
         self,
         width: int,
         *,
-        heads: int = 8,
-        length: int | None = None,
         norm: Literal["post", "pre"] = "post",
-        mixer: Literal["attention", "mlp_t"] = "attention",
+        mixer: MixerOption = "attention",
         expansion: float = 4.0,
         inner: int | None = None,
         norm_weight: bool | None = None,
-        kv_heads: int | None = None,
-        theta: float | None = 10000.0,
-        causal: bool = False,
-        window: int | None = None,
         eps: float = 1e-5,
         dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        _check(norm, mixer, length, dropout)
-        tokens = mixer == "mlp_t" and length is not None
-        over_tokens = tokens and norm == "post"
+        _check(norm, dropout)
         scaled = norm == "pre" if norm_weight is None else norm_weight
-        self.norm, self.mixer, self.dropout = norm, mixer, dropout
-        self.mix: Attention | TokenMixer
-        if tokens and length is not None:
-            self.mix = TokenMixer(length, expansion=expansion)
-        else:
-            options: dict[str, Any] = {"theta": theta, "causal": causal, "window": window}
-            self.mix = Attention(width, heads, kv_heads, **options)
+        self.norm, self.dropout = norm, dropout
+        self.mixer, self.mix = make_mixer(mixer, width, expansion, options)
         self.mlp = SwiGLU(width, inner, expansion=expansion)
-        size, axis = (length, -2) if over_tokens and length is not None else (width, -1)
+        over_tokens = norm == "post" and getattr(self.mix, "post_norm_axis", -1) == -2
+        size, axis = (self._length(), -2) if over_tokens else (width, -1)
         self.mix_norm = RMSNorm(size, eps, scaled, axis=axis)
         self.mlp_norm = RMSNorm(width, eps, scaled)
 
@@ -84,13 +83,14 @@ class Block(nn.Module):
 
         Args:
             h: [batch, length, width].
-            padding: bool [batch, length], True for a real token; only for attention.
+            padding: bool [batch, length], True for a real token; None means all, which mixers that
+                take no padding need.
 
         Returns:
             [batch, length, width], in the dtype of h.
 
         Raises:
-            ValueError: the mixer is "mlp_t" and there is padding.
+            ValueError: there is padding, and the mixer takes none.
         """
         if self.norm == "pre":
             h, last = self.pre_norm(h, None, padding)
@@ -119,12 +119,49 @@ class Block(nn.Module):
         normed, h = self.mlp_norm.with_sum(self._mixed(normed, padding), h)
         return h, self._drop(self.mlp(normed))
 
+    @property
+    def draws_nothing(self) -> bool:
+        """Whether a call draws no random numbers, which a recomputation would have to repeat."""
+        if self.training and self.dropout:
+            return False
+        return getattr(self.mix, "draws_nothing", False)
+
+    def fused_layer(self) -> FusedLayer | str:
+        """Returns the block as ``trm_fast.ops.latent_update`` runs it, or why it cannot."""
+        if type(self) is not Block or type(self.mlp) is not SwiGLU:
+            return f"{type(self).__name__} with {type(self.mlp).__name__} is not Block with SwiGLU"
+        if self.norm == "pre":
+            return "the blocks are pre-norm"
+        if self.mlp.bias is not None:
+            return "the gated layers have biases"
+        if self.mix_norm.weight is not None or self.mlp_norm.weight is not None:
+            return "the norms have weights"
+        find = getattr(self.mix, "fused_form", None)
+        form = f"the mixer {self.mixer} has no fused form" if find is None else find()
+        if isinstance(form, str):
+            return form
+        if not self.draws_nothing:
+            return "random numbers are drawn"
+        network = Network(form.kind, heads=form.heads, theta=form.theta, eps=self.mlp_norm.eps)
+        return FusedLayer(network, (*form.weights, self.mlp.gate_up, self.mlp.down))
+
+    def _length(self) -> int:
+        length: int | None = getattr(self.mix, "length", None)
+        if length is None:
+            raise ValueError(
+                f"Block: the mixer {self.mixer!r} must have a length, as its norm runs over the "
+                "tokens; got none"
+            )
+        return length
+
     def _mixed(self, h: Tensor, padding: Tensor | None) -> Tensor:
-        if isinstance(self.mix, Attention):
-            return self._drop(self.mix(h, padding))
-        if padding is not None:
-            raise ValueError("Block: padding must be None for the mixer 'mlp_t'; got a tensor")
-        return self._drop(self.mix(h))
+        if padding is None:
+            return self._drop(self.mix(h))
+        if not getattr(self.mix, "takes_padding", False):
+            raise ValueError(
+                f"Block: padding must be None for the mixer {self.mixer!r}; got a tensor"
+            )
+        return self._drop(self.mix(h, padding))
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout) if self.training and self.dropout else x
@@ -138,7 +175,8 @@ class Blocks(nn.Module):
 
     In ``trm_fast.nn.Recursion`` the whole recursion is one call of
     ``trm_fast.ops.latent_update`` where the blocks are post-norm without factors, dropout, masks
-    or grouped keys, which are those of official TRM.
+    or grouped keys, which are those of official TRM. Others run layer by layer, and
+    ``trm_fast.backends()["latent_update"]["fallbacks"]`` then says why.
 
     Args:
         width: features of each token.
@@ -146,12 +184,18 @@ class Blocks(nn.Module):
         **options: of each ``Block``.
 
     Raises:
-        ValueError: ``layers`` is not a whole number >= 1, or as for ``Block``.
+        ValueError: ``layers`` is not a whole number >= 1, several layers are given one module as
+            their mixer, or as for ``Block``.
     """
 
     def __init__(self, width: int, layers: int = 2, **options: Any) -> None:
         super().__init__()
         check_sizes("Blocks", layers=layers)
+        if layers > 1 and isinstance(options.get("mixer"), nn.Module):
+            raise ValueError(
+                "Blocks: mixer must be a name or a function for several layers, each of which has "
+                f"its own; got a module for {layers} layers"
+            )
         self.blocks = nn.ModuleList(Block(width, **options) for _ in range(layers))
 
     def forward(
@@ -178,7 +222,7 @@ class Blocks(nn.Module):
     @property
     def draws_nothing(self) -> bool:
         """Whether a call draws no random numbers, which a recomputation would have to repeat."""
-        return not any(block.training and block.dropout for block in self._stack())
+        return all(block.draws_nothing for block in self._stack())
 
     def fused_recursion(
         self,
@@ -199,61 +243,49 @@ class Blocks(nn.Module):
             n, T, grad_cycles, recompute, backend: as for ``trm_fast.ops.latent_update``.
 
         Returns:
-            (y, z) after it; None where the op does not do what these blocks do.
+            (y, z) after it; None where the op does not do what these blocks do, and the reason is
+            then among the fallbacks in ``trm_fast.backends()``.
         """
-        network = self._network()
-        if network is None or not _alike(x, y, z):
+        layers = self._fused_layers(x, y, z)
+        if isinstance(layers, str):
+            note_fallback("latent_update", x.device.type, x.dtype, "layer by layer", layers)
             return None
-        weights = [weight for block in self._stack() for weight in _weights(block)]
-        counts: dict[str, Any] = {"n": n, "T": T, "grad_cycles": grad_cycles}
-        last: dict[str, Any] = {"recompute": recompute, "backend": backend}
-        return latent_update(x, y, z, weights, network, **counts, **last)
+        weights = [weight for layer in layers for weight in layer.weights]
+        return latent_update(
+            x,
+            y,
+            z,
+            weights,
+            layers[0].network,
+            n=n,
+            T=T,
+            grad_cycles=grad_cycles,
+            recompute=recompute,
+            backend=backend,
+        )
 
     def _stack(self) -> list[Block]:
         return list(self.blocks)  # type: ignore[arg-type]
 
-    def _network(self) -> Network | None:
-        """The blocks as the op knows them, or None."""
-        found = {_as_network(block) for block in self._stack()}
-        if not self.draws_nothing or any(is_hooked(module) for module in self.modules()):
-            return None
-        return found.pop() if len(found) == 1 else None
+    def _fused_layers(self, x: Tensor, y: Tensor, z: Tensor) -> list[FusedLayer] | str:
+        """Returns the blocks as the op runs them, or why it cannot."""
+        layers = []
+        for block in self._stack():
+            layer = block.fused_layer()
+            if isinstance(layer, str):
+                return layer
+            layers.append(layer)
+        if any(layer.network != layers[0].network for layer in layers):
+            return "the blocks differ"
+        if any(is_hooked(module) for module in self.modules()):
+            return "a module has hooks"
+        if x.dim() != 3 or not x.shape == y.shape == z.shape:
+            return "x, y and z are not [batch, length, width] alike"
+        return layers if x.dtype == y.dtype == z.dtype else "x, y and z have several dtypes"
 
 
-def _weights(block: Block) -> tuple[Tensor, ...]:
-    mix, mlp = block.mix, block.mlp
-    mixing = (mix.qkv, mix.out) if isinstance(mix, Attention) else (mix.gate_up, mix.down)
-    return *mixing, mlp.gate_up, mlp.down
-
-
-def _as_network(block: Block) -> Network | None:
-    if type(block) is not Block or block.norm == "pre" or block.mlp.bias is not None:
-        return None
-    if block.mix_norm.weight is not None or block.mlp_norm.weight is not None:
-        return None
-    eps, mix = block.mlp_norm.eps, block.mix
-    if isinstance(mix, TokenMixer):
-        return Network("mlp_t", eps=eps)
-    special = mix.causal or mix.window is not None or mix.kv_heads != mix.heads
-    # An odd head dim has no rotary positions, and the op takes only even ones.
-    if special or mix.head_dim % 2 or (mix.report is not None and mix.training):
-        return None
-    return Network("attention", heads=mix.heads, theta=mix.theta, eps=eps)
-
-
-def _alike(x: Tensor, y: Tensor, z: Tensor) -> bool:
-    return x.dim() == 3 and x.shape == y.shape == z.shape and x.dtype == y.dtype == z.dtype
-
-
-def _check(norm: str, mixer: str, length: int | None, dropout: float) -> None:
-    for name, value, known in (
-        ("norm", norm, ("post", "pre")),
-        ("mixer", mixer, ("attention", "mlp_t")),
-    ):
-        if value not in known:
-            names = " or ".join(repr(each) for each in known)
-            raise ValueError(f"Block: {name} must be {names}; got {value!r}")
-    if mixer == "mlp_t" and length is None:
-        raise ValueError("Block: length must be given for the mixer 'mlp_t'; got None")
+def _check(norm: str, dropout: float) -> None:
+    if norm not in ("post", "pre"):
+        raise ValueError(f"Block: norm must be 'post' or 'pre'; got {norm!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"Block: dropout must be in [0, 1); got {dropout!r}")

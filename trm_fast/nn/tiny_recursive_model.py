@@ -72,12 +72,9 @@ class TinyRecursiveModel(nn.Module):
         blocks = Blocks(
             width,
             config.L_layers,
-            heads=config.num_heads,
-            length=config.length,
-            mixer="mlp_t" if config.mlp_t else "attention",
             expansion=config.expansion,
-            theta=config.rope_theta if config.pos_encodings == "rope" else None,
             eps=config.rms_norm_eps,
+            **_mixer_options(config),
         )
         self.recursion = Recursion(blocks, config.L_cycles, config.H_cycles)
         self.lm_head = weight(config.vocab_size, width)
@@ -361,3 +358,10 @@ class TinyRecursiveModel(nn.Module):
                 f"TinyRecursiveModel: puzzle_identifiers must be [{inputs.shape[0]}]; got {got}"
             )
         return inputs
+
+
+def _mixer_options(config: TRMConfig) -> dict[str, Any]:
+    if config.mlp_t:
+        return {"mixer": "mlp_t", "length": config.length}
+    theta = config.rope_theta if config.pos_encodings == "rope" else None
+    return {"mixer": "attention", "heads": config.num_heads, "theta": theta}
