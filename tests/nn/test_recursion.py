@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from trm_fast import use_backend
-from trm_fast.nn import Blocks, Recursion
+from trm_fast.nn import Blocks, Recursion, VectorNet
 
 from ..conftest import skip_unless_usable
 from .checks import DOUBLE, mixing
@@ -414,4 +414,65 @@ def test_autocast_decides_the_dtype(fused):
 def test_wrong_counts_are_named(options, message):
     with pytest.raises(ValueError) as error:
         Recursion(Own(), **options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("kind", ["own", "two networks", "blocks", "vectors", "op of vectors"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_call_may_have_counts_of_its_own(kind, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    options = {"step_scale": lambda level: 1 / (level + 1)}
+    if kind == "own":
+        net, shape = Own(), (2, 8)
+    elif kind == "two networks":
+        net, shape, options["net_y"] = OwnZ(), (2, 8), OwnY()
+    elif kind == "blocks":
+        net, shape, options = Blocks(32, 1, heads=2), (2, 5, 32), {}
+    else:
+        net, shape = VectorNet(32), (2, 32)
+        options |= {"taps": []} if kind == "vectors" else {}
+    given = states(*shape)
+    if kind not in ("own", "two networks"):
+        given = [state.detach().float().requires_grad_() for state in given]
+    leaves = [given[0], *net.parameters()]
+    recursion = Recursion(net, 2, 1, **options)
+    # One step of the loop is traced as it stands, without the fusions of a real compiler.
+    run = torch.compile(recursion, backend="eager", fullgraph=True) if compiled else recursion
+    for n, T, grad_cycles in ((1, 3, 2), (3, 2, 1), (2, 1, 0)):
+        counts = {"n": n, "T": T, "grad_cycles": grad_cycles}
+        found = run(*given, **counts)
+        fixed = Recursion(net, **counts, **options)(*given)
+        assert all(map(torch.equal, found, fixed))
+        assert all(map(torch.equal, gradients(found, leaves), gradients(fixed, leaves)))
+    assert (recursion.n, recursion.T, recursion.grad_cycles) == (2, 1, 1)
+    assert all(map(torch.equal, run(*given), Recursion(net, 2, 1, **options)(*given)))
+
+
+def test_a_call_may_have_a_scale_of_its_own():
+    net, given = VectorNet(32), [state.detach().float() for state in states(2, 32)]
+    recursion = Recursion(net, 2, 3, step_scale=[1.0, 0.5, 0.25])
+    found = recursion(*given, T=2, step_scale=[0.3, 0.1])
+    fixed = Recursion(net, 2, 2, step_scale=[0.3, 0.1])(*given)
+    assert all(map(torch.equal, found, fixed))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"n": 0}, "Recursion: n must be a whole number >= 1; got 0"),
+        ({"n": True}, "Recursion: n must be a whole number >= 1; got True"),
+        ({"T": 1.0}, "Recursion: T must be a whole number >= 1; got 1.0"),
+        ({"T": 1}, "Recursion: grad_cycles must be a whole number from 0 to T=1; got 2"),
+        ({"grad_cycles": 4}, "Recursion: grad_cycles must be a whole number from 0 to T=3; got 4"),
+        ({"T": 4}, "Recursion: step_scale must have T=4 numbers; got 3"),
+        ({"step_scale": [1.0]}, "Recursion: step_scale must have T=3 numbers; got 1"),
+    ],
+)
+def test_wrong_counts_of_a_call_are_named(counts, message, fused):
+    net = VectorNet(32) if fused else Own(32)
+    recursion = Recursion(net, 2, 3, grad_cycles=2, step_scale=[1.0, 0.5, 0.25])
+    with pytest.raises(ValueError) as error:
+        recursion(*states(2, 32), **counts)
     assert str(error.value) == message

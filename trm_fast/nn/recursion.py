@@ -1,7 +1,7 @@
 """``Recursion``: the engine of a tiny recursive model, around any network."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,15 @@ from trm_fast.ops._recurse import Cell, recurse
 
 Scale = Sequence[float] | Tensor | Callable[[int], float | Tensor]
 Taps = Callable[[int, Tensor, Tensor], object] | list[tuple[Tensor, Tensor]]
+
+
+class _Schedule(NamedTuple):
+    """The counts and the scale of one call."""
+
+    n: int
+    T: int
+    grad_cycles: int
+    step_scale: Scale | None
 
 
 class Recursion(nn.Module):
@@ -35,6 +44,8 @@ class Recursion(nn.Module):
         ``fused_options`` it gets as arguments;
         ``draws_nothing``, which says that it has no dropout. Otherwise recomputation saves and
         restores the state of the random numbers, for which a GPU is waited for.
+
+    A call may have counts of its own: ``recursion(x, y, z, n=2, T=8)``.
 
     Source: Jolicoeur-Martineau 2025, arXiv:2510.04871, figure 3.
 
@@ -77,40 +88,52 @@ class Recursion(nn.Module):
         taps: Taps | None = None,
     ) -> None:
         super().__init__()
-        _check_counts(n, T, grad_cycles)
-        if step_scale is not None and not callable(step_scale) and len(step_scale) != T:
-            raise ValueError(
-                f"Recursion: step_scale must have T={T} numbers; got {len(step_scale)}"
-            )
+        _check(_Schedule(n, T, grad_cycles, step_scale))
         self.net, self.net_y = net, net_y
         self.n, self.T, self.grad_cycles = n, T, grad_cycles
         self.y_every_step, self.detach, self.recompute = y_every_step, detach, recompute
         self.step_scale, self.taps = step_scale, taps
 
-    def forward(self, x: Tensor, y: Tensor, z: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        z: Tensor,
+        *,
+        n: int | None = None,
+        T: int | None = None,
+        grad_cycles: int | None = None,
+        step_scale: Scale | None = None,
+        **context: Any,
+    ) -> tuple[Tensor, Tensor]:
         """Returns y and z after T cycles.
 
         Args:
             x: embedded input, of a shape that the network takes.
             y, z: states, which can be added to x unless the network says otherwise.
+            n, T, grad_cycles, step_scale: for this call only; None means those of the module.
             **context: given to every call of the network, as ``padding``.
 
         Returns:
             (y, z).
+
+        Raises:
+            ValueError: a count or the length of ``step_scale`` is out of range.
         """
-        fused = self._fused(x, y, z, context)
+        schedule = self._schedule(n, T, grad_cycles, step_scale)
+        fused = self._fused(x, y, z, schedule, context)
         if fused is not None:
             return fused
         if isinstance(self.taps, list):
             self.taps.clear()
         return recurse(
-            self._cell(context),
+            self._cell(schedule.step_scale, context),
             x,
             y,
             z,
-            n=self.n,
-            T=self.T,
-            grad_cycles=self.grad_cycles,
+            n=schedule.n,
+            T=schedule.T,
+            grad_cycles=schedule.grad_cycles,
             y_every_step=self.y_every_step,
             detach=self.detach,
             recompute=self.recompute and self._has_gradients(x, y, z),
@@ -118,25 +141,40 @@ class Recursion(nn.Module):
             tap=None if self.taps is None else self._tap,
         )
 
+    def _schedule(
+        self, n: int | None, T: int | None, grad_cycles: int | None, step_scale: Scale | None
+    ) -> _Schedule:
+        own = _Schedule(self.n, self.T, self.grad_cycles, self.step_scale)
+        if n is None and T is None and grad_cycles is None and step_scale is None:
+            return own
+        schedule = _Schedule(
+            own.n if n is None else n,
+            own.T if T is None else T,
+            own.grad_cycles if grad_cycles is None else grad_cycles,
+            own.step_scale if step_scale is None else step_scale,
+        )
+        _check(schedule)
+        return schedule
+
     def _fused(
-        self, x: Tensor, y: Tensor, z: Tensor, context: dict[str, Any]
+        self, x: Tensor, y: Tensor, z: Tensor, schedule: _Schedule, context: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
         run = getattr(self.net, "fused_recursion", None)
         if run is None or self.taps is not None or self.net_y is not None:
             return None
         asked = {
             "y_every_step": self.y_every_step,
-            "step_scale": self.step_scale,
+            "step_scale": schedule.step_scale,
             "detach": self.detach,
             **context,
         }
         asked = {name: v for name, v in asked.items() if v is not None and v is not False}
         if not asked.keys() <= {*getattr(self.net, "fused_options", ())}:
             return None
-        options = {"grad_cycles": self.grad_cycles, "recompute": self.recompute}
-        return run(x, y, z, n=self.n, T=self.T, **options, **asked)  # type: ignore[no-any-return]
+        options = {"grad_cycles": schedule.grad_cycles, "recompute": self.recompute, **asked}
+        return run(x, y, z, n=schedule.n, T=schedule.T, **options)  # type: ignore[no-any-return]
 
-    def _cell(self, context: dict[str, Any]) -> Cell:
+    def _cell(self, step_scale: Scale | None, context: dict[str, Any]) -> Cell:
         cell: Cell
         if self.net_y is not None:
             cell = _TwoNets(self.net, self.net_y, context)
@@ -144,7 +182,7 @@ class Recursion(nn.Module):
             cell = _OwnUpdates(self.net, context)
         else:
             cell = _OneNet(self.net, context)
-        return cell if self.step_scale is None else _Scaled(cell, self.step_scale)
+        return cell if step_scale is None else _Scaled(cell, step_scale)
 
     def _has_gradients(self, *inputs: Tensor) -> bool:
         # The compiler cannot trace a recomputation that nothing asks for; else it costs nothing.
@@ -236,8 +274,9 @@ class _Scaled:
         return self.scale(level) if callable(self.scale) else self.scale[level]
 
 
-def _check_counts(n: int, T: int, grad_cycles: int) -> None:
-    for name, value in {"n": n, "T": T}.items():
+def _check(schedule: _Schedule) -> None:
+    T, grad_cycles, scale = schedule.T, schedule.grad_cycles, schedule.step_scale
+    for name, value in {"n": schedule.n, "T": T}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"Recursion: {name} must be a whole number >= 1; got {value!r}")
     whole = isinstance(grad_cycles, int) and not isinstance(grad_cycles, bool)
@@ -245,3 +284,5 @@ def _check_counts(n: int, T: int, grad_cycles: int) -> None:
         raise ValueError(
             f"Recursion: grad_cycles must be a whole number from 0 to T={T}; got {grad_cycles!r}"
         )
+    if scale is not None and not callable(scale) and len(scale) != T:
+        raise ValueError(f"Recursion: step_scale must have T={T} numbers; got {len(scale)}")

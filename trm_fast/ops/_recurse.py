@@ -43,7 +43,7 @@ def recurse(
 
     Args:
         cell: the network.
-        x, y, z: input and states; what they are is the cell's affair.
+        x, y, z: input and states; of any kind that the cell takes.
         n: updates of z in a cycle, >= 1.
         T: cycles, >= 1.
         grad_cycles: the last cycles, which carry gradients; the others run without.
@@ -59,7 +59,8 @@ def recurse(
     """
     with_grad = torch.is_grad_enabled()
     for level in range(T):
-        carries_grad = with_grad and level >= T - grad_cycles
+        # A branch: inside torch.compile counts may be symbols, and set_grad_enabled takes none.
+        carries_grad = True if with_grad and level >= T - grad_cycles else False
         if detach:
             y, z = y.detach(), z.detach()
         with torch.set_grad_enabled(carries_grad):

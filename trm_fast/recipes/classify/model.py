@@ -179,9 +179,8 @@ class TinyRecursiveModel(nn.Module):
 
     def _run(self, x: Tensor, y: Tensor, z: Tensor, n: int, levels: range) -> tuple[Tensor, Tensor]:
         """Runs some levels, of which the last carries gradients."""
-        self.recursion.n, self.recursion.T = n, len(levels)
-        self.recursion.step_scale = [PHI**-level for level in levels]
-        out: tuple[Tensor, Tensor] = self.recursion(x, y, z)
+        scale = [PHI**-level for level in levels]
+        out: tuple[Tensor, Tensor] = self.recursion(x, y, z, n=n, T=len(levels), step_scale=scale)
         return out
 
     def _run_with_halting(
