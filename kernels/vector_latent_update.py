@@ -208,17 +208,14 @@ def vector_latent_update(
     y: Tensor,
     z: Tensor,
     weights: Sequence[Tensor],
-    scales: tuple[float, ...],
-    n: int,
-    T: int,
-    grad_cycles: int,
-    y_every_step: bool,
+    levels: Any,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     """Runs the recursion in one launch; ``recompute`` is always on."""
-    rounds = tuple(s for s in scales for _ in range(n)) if y_every_step else scales
-    grad_rounds = grad_cycles * (n if y_every_step else 1) if torch.is_grad_enabled() else 0
-    counts = (len(rounds), 1 if y_every_step else n, len(rounds) - grad_rounds)
+    schedule = levels.schedule()
+    rounds = schedule.scales
+    grad_rounds = schedule.grad_rounds if torch.is_grad_enabled() else 0
+    counts = (len(rounds), schedule.steps, len(rounds) - grad_rounds)
     if x.shape[0] == 0:
         # Nothing runs, but the results are results of all inputs.
         nothing = sum(weight.sum().to(x.dtype) * 0 for weight in weights)

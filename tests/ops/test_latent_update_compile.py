@@ -205,7 +205,7 @@ def arguments(case: Case, dtype: torch.dtype, keep: bool) -> tuple[list, list]:
     heads = network.heads if case.mixer == "attention" else 0
     layers = case.grad_cycles * (case.n + 1) * case.layers
     x, rope = inputs.x, page._rope(inputs.x, network)
-    size = page._kept_bytes(x, inputs.weights, heads) if keep else 0
+    size = page._kept_bytes(x, page.layers_of(inputs.weights)[0], heads) if keep else 0
     states = x.new_zeros(2 + layers, *case.shape)
     scales = torch.zeros(layers, *case.shape[:2])
     kept = torch.zeros(layers, case.batch, size, dtype=torch.uint8)

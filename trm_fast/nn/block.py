@@ -12,7 +12,8 @@ from trm_fast.nn._init import check_sizes
 from trm_fast.nn.mixer import make_mixer
 from trm_fast.nn.norm import RMSNorm
 from trm_fast.nn.swiglu import SwiGLU
-from trm_fast.ops.latent_update import Network, latent_update
+from trm_fast.ops._latent_arguments import Network
+from trm_fast.ops.latent_update import latent_update
 
 MixerOption = str | nn.Module | Callable[..., nn.Module]
 

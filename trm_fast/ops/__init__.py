@@ -3,9 +3,10 @@
 from trm_fast._dispatch import OPS, backends
 from trm_fast.ops._adaptive_settings import Settings
 from trm_fast.ops._adaptive_tensors import AdaptiveStep
+from trm_fast.ops._latent_arguments import Network
 from trm_fast.ops.adaptive_step import adaptive_step_
 from trm_fast.ops.filter_sums import FilterSums, filter_sums
-from trm_fast.ops.latent_update import Network, latent_update
+from trm_fast.ops.latent_update import latent_update
 from trm_fast.ops.newton_schulz import newton_schulz, newton_schulz_
 from trm_fast.ops.rms_norm_residual import rms_norm_residual
 from trm_fast.ops.rope_attention import rope_attention

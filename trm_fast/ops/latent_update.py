@@ -32,8 +32,7 @@ e7b6871.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,33 +42,36 @@ from trm_fast import _native
 from trm_fast._dispatch import Example, Op, named_backend
 from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
+from trm_fast.ops._latent_arguments import (
+    Counts,
+    LayerWeights,
+    Network,
+    check_counts,
+    check_network,
+    check_states,
+    layers_of,
+)
 from trm_fast.ops._recurse import recurse
+from trm_fast.ops._recursion_inputs import draw
 from trm_fast.ops.rms_norm_residual import rms_norm_residual
 from trm_fast.ops.rope_attention import rope_attention
 from trm_fast.ops.swiglu import swiglu
 from trm_fast.ops.token_mixer import token_mixer
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WEIGHTS_PER_LAYER = 4
 
-
-@dataclass(frozen=True)
-class Network:
-    """What the weights do not say.
+class Saved(NamedTuple):
+    """What the forward pass of the C++ form leaves for its backward pass.
 
     Args:
-        mixer: "mlp_t", whose weights per layer are gate_up [2 Im, length], down [length, Im], or
-            "attention" with qkv [3 width, width], out [width, width]. Both are followed by gate_up
-            [2 I, width], gate rows first, and down [width, I].
-        heads: of attention; they divide width.
-        theta: base of the rotary frequencies, or None for no positions.
-        eps: added to the mean square in each norm.
+        states: y and z before the first cycle with gradient, then the output of each call of a
+            layer, [2 + calls * layers, batch, length, width]; none without gradient.
+        scales: of the last norm in each call of a layer, [calls * layers, batch, length].
+        kept: what these calls would else compute once more, [calls * layers, batch, bytes].
     """
 
-    mixer: Literal["mlp_t", "attention"]
-    heads: int = 8
-    theta: float | None = 10000.0
-    eps: float = 1e-5
+    states: Tensor
+    scales: Tensor
+    kept: Tensor
 
 
 def latent_update(
@@ -107,9 +109,10 @@ def latent_update(
         TypeError: a dtype is not supported.
         BackendError: the named backend cannot run the call.
     """
-    _check_states(x, y, z)
-    _check_network(x, weights, network)
-    _check_counts(n, T, grad_cycles)
+    check_states(x, y, z)
+    check_network(x, weights, network)
+    counts = Counts(n, T, grad_cycles)
+    check_counts(counts)
     x = activation(x)
     y, z = y.to(x.dtype), z.to(x.dtype)
     obstacles = _obstacles(x, weights, network)
@@ -117,100 +120,8 @@ def latent_update(
         backend = backend or "reference"  # which the compiler fuses; on a CPU it cannot do as well
     choice = _op.choose(x.device.type, frozenset({x.dtype}), backend, obstacles)
     with without_autocast(x):
-        out: tuple[Tensor, Tensor] = choice.run(
-            x, y, z, list(weights), network, n, T, grad_cycles, recompute
-        )
+        out: tuple[Tensor, Tensor] = choice.run(x, y, z, list(weights), network, counts, recompute)
     return out
-
-
-def _check_states(x: Tensor, y: Tensor, z: Tensor) -> None:
-    for name, tensor in {"x": x, "y": y, "z": z}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"latent_update: {name} must be a tensor; got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"latent_update: {name} must be a real floating point tensor; got {tensor.dtype}"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(f"latent_update: {name} must be a dense tensor; got {tensor.layout}")
-        if tensor.device != x.device:
-            raise ValueError(
-                f"latent_update: {name} must be on {x.device} as x; got {tensor.device}"
-            )
-        if tensor.dim() != 3 or tensor.shape != x.shape:
-            raise ValueError(
-                "latent_update: x, y and z must be [batch, length, width] alike; got "
-                f"{name} {tuple(tensor.shape)} and x {tuple(x.shape)}"
-            )
-
-
-def _check_network(x: Tensor, weights: Sequence[Tensor], network: Network) -> None:
-    if not isinstance(network, Network):
-        raise TypeError(f"latent_update: network must be a Network; got {type(network).__name__}")
-    if network.mixer not in ("mlp_t", "attention"):
-        raise ValueError(
-            f"latent_update: mixer must be 'mlp_t' or 'attention'; got {network.mixer!r}"
-        )
-    if not weights or len(weights) % WEIGHTS_PER_LAYER:
-        raise ValueError(
-            f"latent_update: weights must be 4 for each layer, one layer or more; got "
-            f"{len(weights)}"
-        )
-    _check_numbers(network)
-    heads = network.heads
-    if network.mixer == "attention" and (heads < 1 or x.shape[2] % (2 * heads)):
-        raise ValueError(
-            f"latent_update: heads must divide width {x.shape[2]} into even parts; got {heads}"
-        )
-    for index, weight in enumerate(weights):
-        _check_weight(x, weights, network, index, weight)
-
-
-def _check_numbers(network: Network) -> None:
-    heads, theta, eps = network.heads, network.theta, network.eps
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"latent_update: heads must be a whole number; got {heads!r}")
-    for name, value in {"theta": 1.0 if theta is None else theta, "eps": eps}.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"latent_update: {name} must be a number; got {value!r}")
-        if not 0 < value < float("inf"):
-            raise ValueError(f"latent_update: {name} must be finite and > 0; got {value!r}")
-
-
-def _check_weight(
-    x: Tensor, weights: Sequence[Tensor], network: Network, index: int, weight: Tensor
-) -> None:
-    name = f"weights[{index}]"
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"latent_update: {name} must be a tensor; got {type(weight).__name__}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(
-            f"latent_update: {name} must be a real floating point tensor; got {weight.dtype}"
-        )
-    if weight.layout != torch.strided:
-        raise TypeError(f"latent_update: {name} must be a dense tensor; got {weight.layout}")
-    if weight.device != x.device:
-        raise ValueError(f"latent_update: {name} must be on {x.device} as x; got {weight.device}")
-    length, width = x.shape[1:]
-    first = index - index % 2
-    inner = weights[first + 1].shape[-1] if weights[first + 1].dim() else 0
-    tokens = network.mixer == "mlp_t"
-    wanted = (
-        ((2 * inner, length), (length, inner)) if tokens else ((3 * width, width), (width, width)),
-        ((2 * inner, width), (width, inner)),
-    )[index % WEIGHTS_PER_LAYER // 2][index % 2]
-    if tuple(weight.shape) != wanted:
-        raise ValueError(f"latent_update: {name} must be {wanted}; got {tuple(weight.shape)}")
-
-
-def _check_counts(n: int, T: int, grad_cycles: int) -> None:
-    for name, value in {"n": n, "T": T, "grad_cycles": grad_cycles}.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"latent_update: {name} must be a whole number; got {value!r}")
-    if n < 1 or T < 1:
-        raise ValueError(f"latent_update: n and T must be >= 1; got n={n}, T={T}")
-    if not 0 <= grad_cycles <= T:
-        raise ValueError(f"latent_update: grad_cycles must be 0 to T={T}; got {grad_cycles}")
 
 
 class _Layers:
@@ -235,20 +146,18 @@ class _Layers:
 
     def _net(self, h: Tensor) -> Tensor:
         weights = [_cast(*pair) for pair in zip(self.weights, self.cast, strict=True)]
-        for first in range(0, len(weights), WEIGHTS_PER_LAYER):
-            h = self._layer(h, *weights[first : first + WEIGHTS_PER_LAYER])
+        for layer in layers_of(weights):
+            h = self._layer(h, layer)
         return h
 
-    def _layer(
-        self, h: Tensor, mix_in: Tensor, mix_out: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def _layer(self, h: Tensor, w: LayerWeights) -> Tensor:
         backend = self.backend
         if self.network.mixer == "mlp_t":
-            mixed, dim = token_mixer(h, mix_in, mix_out, backend=backend), -2
+            mixed, dim = token_mixer(h, w.mix_in, w.mix_out, backend=backend), -2
         else:
-            mixed, dim = self._attention(h, mix_in, mix_out), -1
+            mixed, dim = self._attention(h, w.mix_in, w.mix_out), -1
         h = self._norm(mixed, h, dim)
-        return self._norm(swiglu(h, gate_up, down, backend=backend), h, -1)
+        return self._norm(swiglu(h, w.gate_up, w.down, backend=backend), h, -1)
 
     def _norm(self, out: Tensor, residual: Tensor, dim: int) -> Tensor:
         eps = self.network.eps
@@ -291,9 +200,7 @@ def _composed(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
         z: Tensor,
         weights: Sequence[Tensor],
         network: Network,
-        n: int,
-        T: int,
-        grad_cycles: int,
+        counts: Counts,
         recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         cell = _Layers(weights, network, x.dtype, backend)
@@ -304,9 +211,9 @@ def _composed(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
             x,
             y,
             z,
-            n=n,
-            T=T,
-            grad_cycles=grad_cycles,
+            n=counts.n,
+            T=counts.T,
+            grad_cycles=counts.grad_cycles,
             recompute=recompute and needed,
             preserve_rng_state=False,  # nothing is drawn
         )
@@ -320,22 +227,19 @@ def _cpp(
     z: Tensor,
     weights: Sequence[Tensor],
     network: Network,
-    n: int,
-    T: int,
-    grad_cycles: int,
+    counts: Counts,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     x, y, z = (tensor.contiguous().resolve_neg() for tensor in (x, y, z))
     plain = [weight.float().contiguous().resolve_neg() for weight in weights]
-    given = (x, y, z, *plain) if grad_cycles == T else (x, *plain)
-    if torch.is_grad_enabled() and grad_cycles and any(t.requires_grad for t in given):
-        counts = (n, T, grad_cycles)
+    given = (x, y, z, *plain) if counts.grad_cycles == counts.T else (x, *plain)
+    if torch.is_grad_enabled() and counts.grad_cycles and any(t.requires_grad for t in given):
         if torch.compiler.is_compiling():
             # Takes no tensor twice, such as two zero states or the weights of tied layers.
             x, y, z, *plain = (tensor.view_as(tensor) for tensor in (x, y, z, *plain))
         out: tuple[Tensor, Tensor] = _Fused.apply(x, y, z, network, counts, recompute, *plain)
         return out
-    y, z, _ = _forward(x, y, z, plain, network, (n, T, 0), False)
+    y, z, _ = _forward(x, y, z, plain, network, counts._replace(grad_cycles=0), False)
     return y, z
 
 
@@ -345,33 +249,33 @@ def _forward(
     z: Tensor,
     weights: list[Tensor],
     network: Network,
-    counts: tuple[int, int, int],
+    counts: Counts,
     keep: bool,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Returns y, z, and the states, scales and layers' insides that the backward pass needs."""
-    n, T, grad_cycles = counts
-    heads = network.heads if network.mixer == "attention" else 0
-    batch, length, width = x.shape
-    layers = grad_cycles * (n + 1) * (len(weights) // WEIGHTS_PER_LAYER)
-    kept_bytes = _kept_bytes(x, weights, heads) if keep else 0
-    states = x.new_empty((2 + layers if layers else 0, batch, length, width))
-    scales = x.new_empty((layers, batch, length), dtype=torch.float32)
-    kept = x.new_empty((layers, batch, kept_bytes), dtype=torch.uint8)
+) -> tuple[Tensor, Tensor, Saved]:
+    """Returns y, z, and what the backward pass needs."""
+    heads, batch = network.attention_heads, x.shape[0]
+    layers = layers_of(weights)
+    calls = counts.calls * len(layers)
+    kept_bytes = _kept_bytes(x, layers[0], heads) if keep else 0
+    saved = Saved(
+        x.new_empty((2 + calls if calls else 0, *x.shape)),
+        x.new_empty((calls, batch, x.shape[1]), dtype=torch.float32),
+        x.new_empty((calls, batch, kept_bytes), dtype=torch.uint8),
+    )
     y, z = y.detach().clone(), z.detach().clone()
     torch.ops.trm_fast.latent_update_forward_(
-        x, y, z, weights, _rope(x, network), states, scales, kept, heads, network.eps, n, T,
-        grad_cycles,
-    )  # fmt: skip
-    return y, z, (states, scales, kept)
+        x, y, z, weights, _rope(x, network), *saved, heads, network.eps, *counts
+    )
+    return y, z, saved
 
 
-def _kept_bytes(x: Tensor, weights: list[Tensor], heads: int) -> int:
+def _kept_bytes(x: Tensor, layer: LayerWeights, heads: int) -> int:
     """Returns the bytes of the struct Kept in csrc/latent_update/mlp.h: each part fills whole cache
     lines."""
     length, width = x.shape[1:]
     padded = length + length % 2
-    mixer = 3 * padded * width if heads else 2 * weights[1].shape[1] * width
-    values = (padded * width, 2 * padded * weights[3].shape[1], mixer)
+    mixer = 3 * padded * width if heads else 2 * layer.mix_out.shape[1] * width
+    values = (padded * width, 2 * padded * layer.down.shape[1], mixer)
     parts = (*(x.element_size() * size for size in values), 4 * max(width, padded))
     return sum((part + 63) // 64 * 64 for part in parts)
 
@@ -393,7 +297,7 @@ class _Fused(torch.autograd.Function):
         y: Tensor,
         z: Tensor,
         network: Network,
-        counts: tuple[int, int, int],
+        counts: Counts,
         recompute: bool,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -406,17 +310,16 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
         x, states, scales, kept, *weights = ctx.saved_tensors
-        network, (n, T, grad_cycles) = ctx.network, ctx.counts
-        heads = network.heads if network.mixer == "attention" else 0
+        network, counts = ctx.network, ctx.counts
         # Both are overwritten, and nothing says that the caller's are contiguous or its own.
         dx = torch.empty_like(x)
         dy, dz = (d.clone(memory_format=torch.contiguous_format) for d in (dy, dz))
         dweights = [torch.zeros_like(weight) for weight in weights]
         torch.ops.trm_fast.latent_update_backward_(
-            x, weights, _rope(x, network), states, scales, kept, dx, dy, dz, dweights, heads,
-            network.eps, n, grad_cycles,
+            x, weights, _rope(x, network), states, scales, kept, dx, dy, dz, dweights,
+            network.attention_heads, network.eps, counts.n, counts.grad_cycles,
         )  # fmt: skip
-        starts = (dy, dz) if grad_cycles == T else (None, None)
+        starts = (dy, dz) if counts.grad_cycles == counts.T else (None, None)
         return dx, *starts, None, None, None, *dweights
 
 
@@ -424,14 +327,14 @@ def _obstacles(
     x: Tensor, weights: Sequence[Tensor], network: Network
 ) -> tuple[tuple[str, str], ...]:
     """What the C++ form cannot do, for the sizes of a call."""
-    width, inner = x.shape[2], weights[3].shape[1]
+    first, *others = layers_of(weights)
+    width, inner = x.shape[2], first.down.shape[1]
     if width % 32 or inner % 32:
         return (("cpp", f"needs width and inner in multiples of 32; got {width} and {inner}"),)
-    shapes = [weight.shape for weight in weights]
-    if shapes != shapes[:WEIGHTS_PER_LAYER] * (len(shapes) // WEIGHTS_PER_LAYER):
+    if any(layer.shapes != first.shapes for layer in others):
         return (("cpp", "needs weights of the same shapes in all layers"),)
     if network.mixer == "mlp_t":
-        mix_inner = weights[1].shape[1]
+        mix_inner = first.mix_out.shape[1]
         if mix_inner % 2 == 0 and mix_inner:
             return ()
         return (("cpp", f"needs an even inner width of the token mixer; got {mix_inner}"),)
@@ -489,15 +392,13 @@ def _examples(
     }
 
 
-def _draw_weights(
-    mixer: str, length: int, width: int, layers: int, generator: torch.Generator
-) -> list[Tensor]:
+def _example_shapes(shape: tuple[int, int, int], mixer: str, layers: int) -> list[tuple[int, int]]:
+    _, length, width = shape
     inner, mix_inner = 64, 32
     mix = [(2 * mix_inner, length), (length, mix_inner)]
     if mixer == "attention":
         mix = [(3 * width, width), (width, width)]
-    shapes = [*mix, (2 * inner, width), (width, inner)] * layers
-    return [torch.randn(s, generator=generator) / max(1, s[1]) ** 0.5 for s in shapes]
+    return [*mix, (2 * inner, width), (width, inner)] * layers
 
 
 def _example(
@@ -507,26 +408,23 @@ def _example(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Example:
-    generator = torch.Generator().manual_seed(0)
-    states = [torch.randn(shape, generator=generator) for _ in range(5)]
-    drawn = [*states, *_draw_weights(mixer, shape[1], shape[2], layers, generator)]
-    tensors = [tensor.to(device, dtype) for tensor in drawn]
+    inputs = draw(shape, _example_shapes(shape, mixer, layers)).copy(dtype, device)
     network = Network(mixer, heads=1 if shape[2] % 64 else 2)
 
     def prepare(
         backend: str, real: torch.dtype | None
     ) -> tuple[Callable[[], None], dict[str, Tensor]]:
-        copies = [tensor.to(real or dtype, copy=True) for tensor in tensors]
-        inputs, grads = [*copies[:3], *copies[5:]], copies[3:5]
+        given = inputs.copy(real or dtype)
+        leaves = (*given.states, *given.weights)
         written: dict[str, Tensor] = {}
 
         def call() -> None:
-            x, y, z, *weights = [tensor.requires_grad_() for tensor in inputs]
+            x, y, z, *weights = [tensor.requires_grad_() for tensor in leaves]
             with torch.enable_grad():
                 out = latent_update(x, y, z, weights, network, n=1, T=1, backend=backend)
-                found = torch.autograd.grad(out, [x, *weights], grads)
+                dx, *dweights = torch.autograd.grad(out, [x, *weights], given.grads)
             written["y"], written["z"] = (state.detach() for state in out)
-            written["x.grad"], written["down.grad"] = found[0], found[4]
+            written["x.grad"], written["down.grad"] = dx, layers_of(dweights)[0].down
 
         return call, written
 

@@ -33,7 +33,7 @@ arXiv:1606.08415, for gelu.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,12 +44,65 @@ from trm_fast import _native
 from trm_fast._dispatch import Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._recurse import recurse
+from trm_fast.ops._recursion_inputs import draw
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# In multiples of the hidden size, in the order of the weights; None is a vector.
-_SHAPES = (3, None, 1, None, None, None, 2, None, 1, None, None, None)
 EPS = 1e-5
 LARGEST_CPP, LARGEST_TRITON = 512, 128
+
+
+class NetWeights(NamedTuple):
+    """The weights of one network: LN(outer gelu(inner v + inner_bias) + outer_bias)."""
+
+    inner: Tensor
+    inner_bias: Tensor
+    outer: Tensor
+    outer_bias: Tensor
+    gain: Tensor
+    shift: Tensor
+
+
+class Weights(NamedTuple):
+    """The weights of both networks, which the op takes one after the other."""
+
+    z: NetWeights
+    y: NetWeights
+
+
+def nets_of(weights: Sequence[Tensor]) -> Weights:
+    """Returns the weights by network and name."""
+    count = len(NetWeights._fields)
+    return Weights(NetWeights(*weights[:count]), NetWeights(*weights[count:]))
+
+
+def shapes_of(hidden: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of the weights: A1 sees three states, C1 two."""
+    vector, square = (hidden,), (hidden, hidden)
+    behind = (vector, square, vector, vector, vector)
+    return ((hidden, 3 * hidden), *behind, (hidden, 2 * hidden), *behind)
+
+
+class Levels(NamedTuple):
+    """The recursion as levels.
+
+    Args:
+        scales: step scale of each level, T in all.
+        n: updates of z in a level.
+        grad_cycles: the last levels, which carry gradients.
+        y_every_step: whether y follows each update of z, instead of the last of a level.
+    """
+
+    scales: tuple[float, ...]
+    n: int
+    grad_cycles: int
+    y_every_step: bool
+
+    def schedule(self) -> "Schedule":
+        """Returns the levels as rounds."""
+        if not self.y_every_step:
+            return Schedule(self.scales, self.n, self.grad_cycles)
+        scales = tuple(scale for scale in self.scales for _ in range(self.n))
+        return Schedule(scales, 1, self.grad_cycles * self.n)
 
 
 @dataclass(frozen=True)
@@ -117,14 +170,12 @@ def vector_latent_update(
     _check_states(x, y, z)
     _check_weights(x, weights)
     _check_counts(n, T, grad_cycles)
-    scales = _checked_scales(step_scales, T)
+    levels = Levels(_checked_scales(step_scales, T), n, grad_cycles, y_every_step)
     x = activation(x)
     y, z = y.to(x.dtype), z.to(x.dtype)
     run = _choose(x.device.type, x.dtype, backend, x.shape[1])
     with without_autocast(x):
-        out: tuple[Tensor, Tensor] = run(
-            x, y, z, list(weights), scales, n, T, grad_cycles, y_every_step, recompute
-        )
+        out: tuple[Tensor, Tensor] = run(x, y, z, list(weights), levels, recompute)
     return out
 
 
@@ -159,12 +210,12 @@ def _check_states(x: Tensor, y: Tensor, z: Tensor) -> None:
 
 
 def _check_weights(x: Tensor, weights: Sequence[Tensor]) -> None:
-    if len(weights) != len(_SHAPES):
+    shapes, device = shapes_of(x.shape[1]), x.device
+    if len(weights) != len(shapes):
         raise ValueError(
-            f"vector_latent_update: weights must be {len(_SHAPES)} tensors; got {len(weights)}"
+            f"vector_latent_update: weights must be {len(shapes)} tensors; got {len(weights)}"
         )
-    hidden, device = x.shape[1], x.device
-    for index, (weight, parts) in enumerate(zip(weights, _SHAPES, strict=True)):
+    for index, (weight, wanted) in enumerate(zip(weights, shapes, strict=True)):
         name = f"weights[{index}]"
         if not isinstance(weight, Tensor):
             raise TypeError(
@@ -179,7 +230,6 @@ def _check_weights(x: Tensor, weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"vector_latent_update: {name} must be on {device} as x; got {weight.device}"
             )
-        wanted = (hidden,) if parts is None else (hidden, parts * hidden)
         if weight.shape != wanted:
             raise ValueError(
                 f"vector_latent_update: {name} must be {wanted}; got {tuple(weight.shape)}"
@@ -216,74 +266,49 @@ class _Networks:
         self, weights: Sequence[Tensor], dtype: torch.dtype, scales: tuple[float, ...]
     ) -> None:
         # Cast once for all calls, so that their gradients meet before they are cast back.
-        cast = [weight.to(dtype) for weight in weights]
-        self.for_z, self.for_y, self.scales = cast[:6], cast[6:], scales
+        self.weights = nets_of([weight.to(dtype) for weight in weights])
+        self.scales = scales
 
     def inject(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat((x, y), 1)
 
     def update_z(self, z: Tensor, injection: Tensor, level: int) -> Tensor:
-        return z + self.scales[level] * _network(torch.cat((injection, z), 1), *self.for_z)
+        return z + self.scales[level] * _network(torch.cat((injection, z), 1), self.weights.z)
 
     def update_y(self, y: Tensor, z: Tensor, level: int) -> Tensor:
-        return y + self.scales[level] * _network(torch.cat((y, z), 1), *self.for_y)
+        return y + self.scales[level] * _network(torch.cat((y, z), 1), self.weights.y)
 
 
-def _network(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gain: Tensor, shift: Tensor
-) -> Tensor:
-    return layer_norm(linear(gelu(linear(x, w1, b1)), w2, b2), gain.shape, gain, shift, EPS)
+def _network(x: Tensor, w: NetWeights) -> Tensor:
+    out = linear(gelu(linear(x, w.inner, w.inner_bias)), w.outer, w.outer_bias)
+    return layer_norm(out, w.gain.shape, w.gain, w.shift, EPS)
 
 
 def _reference(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    weights: list[Tensor],
-    scales: tuple[float, ...],
-    n: int,
-    T: int,
-    grad_cycles: int,
-    y_every_step: bool,
-    recompute: bool,
+    x: Tensor, y: Tensor, z: Tensor, weights: list[Tensor], levels: Levels, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     return recurse(
-        _Networks(weights, x.dtype, scales),
+        _Networks(weights, x.dtype, levels.scales),
         x,
         y,
         z,
-        n=n,
-        T=T,
-        grad_cycles=grad_cycles,
-        y_every_step=y_every_step,
+        n=levels.n,
+        T=len(levels.scales),
+        grad_cycles=levels.grad_cycles,
+        y_every_step=levels.y_every_step,
         recompute=recompute,
         preserve_rng_state=False,  # nothing is drawn
     )
 
 
-def _schedule(scales: tuple[float, ...], n: int, grad_cycles: int, y_every_step: bool) -> Schedule:
-    if not y_every_step:
-        return Schedule(scales, n, grad_cycles)
-    return Schedule(tuple(s for s in scales for _ in range(n)), 1, grad_cycles * n)
-
-
 def _cpp(
-    x: Tensor,
-    y: Tensor,
-    z: Tensor,
-    weights: list[Tensor],
-    scales: tuple[float, ...],
-    n: int,
-    T: int,
-    grad_cycles: int,
-    y_every_step: bool,
-    recompute: bool,
+    x: Tensor, y: Tensor, z: Tensor, weights: list[Tensor], levels: Levels, recompute: bool
 ) -> tuple[Tensor, Tensor]:
     plain = [_plain(weight.float()) for weight in weights]
-    schedule = _schedule(scales, n, grad_cycles, y_every_step)
+    schedule = levels.schedule()
     x = _plain(x)
-    if torch.is_grad_enabled() and grad_cycles:
-        starts = (y, z) if grad_cycles == T else ()
+    if torch.is_grad_enabled() and levels.grad_cycles:
+        starts = (y, z) if levels.grad_cycles == len(levels.scales) else ()
         if any(t.requires_grad for t in (x, *starts, *plain)):
             if torch.compiler.is_compiling():
                 # Takes no tensor twice, such as two zero states.
@@ -403,33 +428,27 @@ def _examples(
 def _example(
     shape: tuple[int, int], y_every_step: bool, dtype: torch.dtype, device: torch.device
 ) -> Example:
-    generator = torch.Generator().manual_seed(0)
-    hidden = shape[1]
-    drawn = [torch.randn(shape, generator=generator) for _ in range(5)]
-    for parts in _SHAPES:
-        size = (hidden,) if parts is None else (hidden, parts * hidden)
-        drawn.append(torch.randn(size, generator=generator) / size[-1] ** 0.5)
-    tensors = [tensor.to(device, dtype) for tensor in drawn]
+    inputs = draw(shape, shapes_of(shape[1])).copy(dtype, device)
 
     def prepare(
         backend: str, real: torch.dtype | None
     ) -> tuple[Callable[[], None], dict[str, Tensor]]:
-        copies = [tensor.to(real or dtype, copy=True) for tensor in tensors]
-        inputs, grads = [*copies[:3], *copies[5:]], copies[3:5]
+        given = inputs.copy(real or dtype)
+        leaves = (*given.states, *given.weights)
         written: dict[str, Tensor] = {}
 
         def call() -> None:
-            x, y, z, *weights = [tensor.requires_grad_() for tensor in inputs]
+            x, y, z, *weights = [tensor.requires_grad_() for tensor in leaves]
             with torch.enable_grad():
                 out = vector_latent_update(
                     x, y, z, weights, step_scales=(1.0, 0.5), n=1, T=2,
                     y_every_step=y_every_step, backend=backend,
                 )  # fmt: skip
-                found = torch.autograd.grad(out, [x, *weights], grads)
+                dx, *found = torch.autograd.grad(out, [x, *weights], given.grads)
+            dweights = nets_of(found)
             written["y"], written["z"] = (state.detach() for state in out)
-            written["x.grad"], written["A1.grad"], written["C2.grad"] = (
-                found[i] for i in (0, 1, 9)
-            )
+            written["x.grad"] = dx
+            written["A1.grad"], written["C2.grad"] = dweights.z.inner, dweights.y.outer
 
         return call, written
 
