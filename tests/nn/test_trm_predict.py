@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trm_fast.nn import joint_supervision
+from trm_fast.nn import Outputs, joint_supervision
+from trm_fast.nn.prediction import predict
 
 from .checks import DOUBLE, SINGLE, batch_of, make, plain, small
 
@@ -62,6 +63,28 @@ def test_prediction_leaves_the_mode_and_needs_no_ids():
     assert torch.equal(found.q_halt, model.predict(batch["inputs"], zeros).q_halt)
     assert model.training and model.recursion.training and not model.q_head.training
     assert not found.q_halt.requires_grad
+
+
+@pytest.mark.parametrize("early_halt", [False, True])
+def test_prediction_is_a_loop_for_any_states_and_step(early_halt):
+    """Each sequence counts its steps in two states, and wants to halt when it has its number."""
+    data, sizes = {"wanted": torch.tensor([3, 1, 9, 2])}, []
+
+    def start(data):
+        return torch.zeros(4, 1), torch.zeros(4, 1, 1)
+
+    def step(states, data):
+        count, other = (state + 1 for state in states)
+        sizes.append(len(count))
+        assert torch.equal(count[:, 0], other[:, 0, 0])
+        logits = torch.nn.functional.one_hot(count.long(), 8).float()
+        return (count, other), Outputs(logits, count[:, 0] - data["wanted"], count[:, 0])
+
+    found = predict(start, step, lambda o: o.q_halt >= 0, data, max_steps=5, early_halt=early_halt)
+    truth = [3, 1, 5, 2] if early_halt else [5, 5, 5, 5]
+    assert found.steps.tolist() == found.tokens[:, 0].tolist() == truth
+    assert found.q_halt.tolist() == [t - w for t, w in zip(truth, [3, 1, 9, 2], strict=True)]
+    assert sizes == ([4, 3, 2, 1, 1] if early_halt else [4] * 5)
 
 
 @pytest.mark.parametrize("max_steps", [0, 1.5])

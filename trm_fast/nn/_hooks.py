@@ -1,10 +1,10 @@
-"""What a fused call must know of modules that it does not call."""
+"""Whether a module has hooks: a fused call does not call the modules it stands for."""
 
 from torch import nn
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Returns whether someone waits for calls of a module."""
+    """Returns whether a module has hooks that a call of it would run."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

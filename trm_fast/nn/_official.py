@@ -1,4 +1,4 @@
-"""Checkpoints of the official code: its names, what their shapes say, and loading all or nothing.
+"""Checkpoints of the official code: their names, the config that fits their shapes, and loading.
 
 Source: SamsungSAILMontreal/TinyRecursiveModels at e7b6871.
 """
@@ -71,7 +71,7 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def config_from(state: Mapping[str, Tensor], config: TRMConfig | str | None) -> TRMConfig:
-    """Returns a config with all that the shapes of a checkpoint say.
+    """Returns a config whose sizes are those of the tensors of a checkpoint.
 
     Raises:
         ValueError: no published config has this vocabulary and mixer, and none is given.
@@ -83,18 +83,18 @@ def config_from(state: Mapping[str, Tensor], config: TRMConfig | str | None) -> 
         config = _published(vocabulary, mlp_t)
     config = config_of(config, {})
     layers = {name.split(".")[2] for name in shapes if name.startswith("L_level.layers.")}
-    said: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": width, "mlp_t": mlp_t}
-    said["L_layers"] = max(len(layers), 1)
-    said["puzzle_emb_ndim"] = 0
+    sizes: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": width, "mlp_t": mlp_t}
+    sizes["L_layers"] = max(len(layers), 1)
+    sizes["puzzle_emb_ndim"] = 0
     if _TABLE in shapes:
-        said["num_puzzle_identifiers"], said["puzzle_emb_ndim"] = _shape(shapes, _TABLE)
+        sizes["num_puzzle_identifiers"], sizes["puzzle_emb_ndim"] = _shape(shapes, _TABLE)
     else:
-        said["puzzle_emb_len"] = 0
+        sizes["puzzle_emb_len"] = 0
     if "embed_pos.embedding_weight" in shapes:
-        said["pos_encodings"] = "learned"
+        sizes["pos_encodings"] = "learned"
     elif config.pos_encodings == "learned":
-        said["pos_encodings"] = "none" if mlp_t else "rope"
-    config = replace(config, **said)
+        sizes["pos_encodings"] = "none" if mlp_t else "rope"
+    config = replace(config, **sizes)
     length = _length(shapes)
     return config if length is None else replace(config, seq_len=length - config.puzzle_positions)
 

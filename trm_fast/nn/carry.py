@@ -28,7 +28,7 @@ class Carry(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one supervision step says.
+    """What a supervision step returns besides its states.
 
     Args:
         logits: of the tokens, [batch, seq_len, vocab_size], in the dtype of the activations.

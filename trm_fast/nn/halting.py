@@ -1,4 +1,4 @@
-"""Heads that say whether an answer is finished."""
+"""Halting heads: the logits of whether an answer is finished."""
 
 import torch
 from torch import Tensor, nn

@@ -39,7 +39,7 @@ class Recursion(nn.Module):
         ``inject(x, y)``, ``update_z(z, injection, level)`` and ``update_y(y, z, level)``, all
         three, which then stand for the calls above (``level`` counts the cycles from 0);
         ``fused_recursion(x, y, z, *, n, T, grad_cycles, recompute)``, which returns (y, z) after
-        the whole recursion, or None. It is asked first, if none of ``net_y``, ``y_every_step``,
+        the whole recursion, or None. It is tried first, if none of ``net_y``, ``y_every_step``,
         ``step_scale``, ``detach``, ``taps``, hooks and context is used; those named in its
         ``fused_options`` it gets as arguments;
         ``draws_nothing``, which says that it has no dropout. Otherwise recomputation saves and
@@ -162,17 +162,17 @@ class Recursion(nn.Module):
         run = getattr(self.net, "fused_recursion", None)
         if run is None or self.taps is not None or self.net_y is not None:
             return None
-        asked = {
+        options = {
             "y_every_step": self.y_every_step,
             "step_scale": schedule.step_scale,
             "detach": self.detach,
             **context,
         }
-        asked = {name: v for name, v in asked.items() if v is not None and v is not False}
-        if not asked.keys() <= {*getattr(self.net, "fused_options", ())}:
+        options = {name: v for name, v in options.items() if v is not None and v is not False}
+        if not options.keys() <= {*getattr(self.net, "fused_options", ())}:
             return None
-        options = {"grad_cycles": schedule.grad_cycles, "recompute": self.recompute, **asked}
-        return run(x, y, z, n=schedule.n, T=schedule.T, **options)  # type: ignore[no-any-return]
+        counts = {"n": schedule.n, "T": schedule.T, "grad_cycles": schedule.grad_cycles}
+        return run(x, y, z, **counts, recompute=self.recompute, **options)  # type: ignore[no-any-return]
 
     def _cell(self, step_scale: Scale | None, context: dict[str, Any]) -> Cell:
         cell: Cell
@@ -224,7 +224,7 @@ class _OneNet:
 
 
 class _OwnUpdates:
-    """The network says itself what its updates are."""
+    """The network defines its own updates."""
 
     def __init__(self, net: Any, context: dict[str, Any]) -> None:
         self.net, self.context = net, context

@@ -270,7 +270,7 @@ class TinyRecursiveModel(nn.Module):
     ) -> "TinyRecursiveModel":
         """Makes a model and loads a checkpoint of the official code.
 
-        What the shapes say is taken from them: vocabulary, width, layers, mixer, number of puzzles,
+        Settings that shapes show are taken from them: vocabulary, width, layers, mixer, puzzles,
         learned positions, and the length where the shapes have it.
 
         Args:

@@ -38,7 +38,7 @@ class VectorNet(nn.Module):
         >>> y, z = recursion(x, torch.zeros_like(x), torch.zeros_like(x))
     """
 
-    # What `Recursion` may ask of fused_recursion.
+    # Options of `Recursion` that fused_recursion takes.
     fused_options = ("y_every_step", "step_scale")
 
     def __init__(self, hidden: int, dropout: float = 0.0) -> None:
