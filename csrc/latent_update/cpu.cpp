@@ -16,34 +16,34 @@
 #include <cstring>
 #include <vector>
 
-using torch::stable::Tensor;
+#include "latent_update/call.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#include "latent_update/check.h"
 #include "latent_update/network.h"
 
 namespace {
 using namespace latent_update;
 
-struct Settings {
-  int64_t n, T, grad_cycles, layers;
-
-  int64_t saved_layers() const { return grad_cycles * (n + 1) * layers; }
-};
-
 Matrix matrix_of(const Tensor& t) {
   return {static_cast<const float*>(t.data_ptr()), t.size(0), t.size(1), t.size(1), 1};
 }
 
-Given given_of(const std::vector<Tensor>& weights, int64_t layer) {
-  const Tensor* w = weights.data() + 4 * layer;
-  return {matrix_of(w[0]), matrix_of(w[1]), matrix_of(w[2]), matrix_of(w[3])};
+Given given_of(const LayerTensors& w) {
+  return {matrix_of(w.mix_in), matrix_of(w.mix_out), matrix_of(w.gate_up), matrix_of(w.down)};
 }
 
-Sizes sizes_of(const Tensor& x, const std::vector<Tensor>& weights, int64_t heads, double eps) {
-  const int64_t length = x.size(1);
-  return {length, length + length % 2,    x.size(2), weights[3].size(1), heads > 0 ? 0 : weights[1].size(1),
-          heads,  static_cast<float>(eps)};
+Sizes sizes_of(const Call& call) {
+  const LayerTensors first = layer_of(call.network.weights, 0);
+  const int64_t length = call.x.size(1), heads = call.network.heads;
+  Sizes s;
+  s.length = length;
+  s.padded = length + length % 2;
+  s.width = call.x.size(2);
+  s.inner = first.down.size(1);
+  s.mix_inner = heads > 0 ? 0 : first.mix_out.size(1);
+  s.heads = heads;
+  s.eps = static_cast<float>(call.network.eps);
+  return s;
 }
 
 Tensor memory_of(int64_t bytes) {
@@ -67,12 +67,13 @@ int64_t bytes_of(const LayOut& lay_out) {
 template <class E>
 class Weights {
  public:
-  Weights(const Sizes& s, const std::vector<Tensor>& given, const Tensor& rope, bool backward)
-      : memory_(memory_of(bytes_of([&](Arena& arena) { lay_out(s, given.size() / 4, backward, arena); }))) {
+  Weights(const Sizes& s, const Network& network, bool backward)
+      : memory_(memory_of(bytes_of([&](Arena& arena) { lay_out(s, network.layers(), backward, arena); }))) {
     Arena arena = arena_in(memory_);
-    lay_out(s, given.size() / 4, backward, arena);
+    lay_out(s, network.layers(), backward, arena);
+    const Tensor& rope = network.rope;
     for (size_t i = 0; i < layers_.size(); ++i) {
-      pack_weights<E>(s, given_of(given, i), backward, layers_[i]);
+      pack_weights<E>(s, given_of(layer_of(network.weights, i)), backward, layers_[i]);
       layers_[i].attention.rope = rope.numel() > 0 ? static_cast<const float*>(rope.data_ptr()) : nullptr;
     }
   }
@@ -95,21 +96,21 @@ template <class E>
 struct Saved {
   using Stored = typename E::Stored;
   Sizes s;
-  Settings settings;
-  int64_t batch;
+  Counts counts;
+  int64_t layers, batch;
   Stored* states;  // [2 + cycles (n + 1) layers, batch, length, width]
   float* scales;   // [cycles (n + 1) layers, batch, length]
   char* kept;      // [cycles (n + 1) layers, batch, kept_bytes], or null
   int64_t kept_bytes;
 
   int64_t index(int64_t cycle, int64_t call, int64_t layer) const {
-    return (cycle * (settings.n + 1) + call) * settings.layers + layer;
+    return (cycle * (counts.n + 1) + call) * layers + layer;
   }
   Stored* start(int64_t which, int64_t b) const { return states + (which * batch + b) * s.length * s.width; }
   Stored* out(int64_t cycle, int64_t call, int64_t layer, int64_t b) const {
     return start(2 + index(cycle, call, layer), b);
   }
-  Stored* last(int64_t cycle, int64_t call, int64_t b) const { return out(cycle, call, settings.layers - 1, b); }
+  Stored* last(int64_t cycle, int64_t call, int64_t b) const { return out(cycle, call, layers - 1, b); }
   float* scale(int64_t cycle, int64_t call, int64_t layer, int64_t b) const {
     return scales + (index(cycle, call, layer) * batch + b) * s.length;
   }
@@ -120,15 +121,15 @@ struct Saved {
 
   // What a cycle starts from, and what call k of it adds up: z + (y + x), or y + z at its end.
   const Stored* first_y(int64_t cycle, int64_t b) const {
-    return cycle == 0 ? start(0, b) : last(cycle - 1, settings.n, b);
+    return cycle == 0 ? start(0, b) : last(cycle - 1, counts.n, b);
   }
   const Stored* z_before(int64_t cycle, int64_t call, int64_t b) const {
     if (call > 0) return last(cycle, call - 1, b);
-    return cycle == 0 ? start(1, b) : last(cycle - 1, settings.n - 1, b);
+    return cycle == 0 ? start(1, b) : last(cycle - 1, counts.n - 1, b);
   }
   Addends<E> addends(int64_t cycle, int64_t call, const Stored* x, int64_t b) const {
     const Stored *y = first_y(cycle, b), *z = z_before(cycle, call, b);
-    return call < settings.n ? Addends<E>{z, y, x} : Addends<E>{y, z, nullptr};
+    return call < counts.n ? Addends<E>{z, y, x} : Addends<E>{y, z, nullptr};
   }
 };
 
@@ -138,19 +139,21 @@ int64_t kept_bytes_of(const Sizes& s) {
 }
 
 template <class E>
-Saved<E> saved_of(const Sizes& s, const Settings& settings, const Tensor& x, const Tensor& states, const Tensor& scales,
-                  const Tensor& kept) {
-  char* kept_data = kept.numel() > 0 ? static_cast<char*>(kept.data_ptr()) : nullptr;
-  STD_TORCH_CHECK(kept_data == nullptr || kept.size(2) == kept_bytes_of<E>(s), "latent_update: kept must have ",
-                  kept_bytes_of<E>(s), " bytes per layer and sample; got ", kept.size(2));
-  use_huge_pages(kept_data, kept.numel());
-  return {s,
-          settings,
-          x.size(0),
-          static_cast<typename E::Stored*>(states.data_ptr()),
-          static_cast<float*>(scales.data_ptr()),
-          kept_data,
-          kept_bytes_of<E>(s)};
+Saved<E> saved_of(const Call& call, const Sizes& s) {
+  const auto& [states, scales, kept] = call.saved;
+  Saved<E> saved;
+  saved.s = s;
+  saved.counts = call.counts;
+  saved.layers = call.network.layers();
+  saved.batch = call.x.size(0);
+  saved.states = static_cast<typename E::Stored*>(states.data_ptr());
+  saved.scales = static_cast<float*>(scales.data_ptr());
+  saved.kept = kept.numel() > 0 ? static_cast<char*>(kept.data_ptr()) : nullptr;
+  saved.kept_bytes = kept_bytes_of<E>(s);
+  STD_TORCH_CHECK(saved.kept == nullptr || kept.size(2) == saved.kept_bytes, "latent_update: kept must have ",
+                  saved.kept_bytes, " bytes per layer and sample; got ", kept.size(2));
+  use_huge_pages(saved.kept, kept.numel());
+  return saved;
 }
 
 // Workers for the threads of a region, each in its own part of one block of memory.
@@ -184,30 +187,30 @@ class Forward {
       : saved_(saved), weights_(weights), x_(data(x)), y_(data(y)), z_(data(z)) {}
 
   void run(Worker<E>& worker, int64_t b) const {
-    const Settings& settings = saved_.settings;
-    const int64_t size = saved_.s.length * saved_.s.width, plain = settings.T - settings.grad_cycles;
+    const Counts& counts = saved_.counts;
+    const int64_t size = saved_.s.length * saved_.s.width, plain = counts.T - counts.grad_cycles;
     Stored *y = y_ + b * size, *z = z_ + b * size;
     const Stored* x = x_ + b * size;
-    std::vector<Stored> between(settings.layers > 1 ? size : 0);
+    std::vector<Stored> between(saved_.layers > 1 ? size : 0);
     for (int64_t cycle = 0; cycle < plain; ++cycle) {
-      for (int64_t k = 0; k < settings.n; ++k) call(worker, {z, y, x}, between.data(), z);
+      for (int64_t k = 0; k < counts.n; ++k) call(worker, {z, y, x}, between.data(), z);
       call(worker, {y, z, nullptr}, between.data(), y);
     }
-    if (settings.grad_cycles == 0) return;
+    if (counts.grad_cycles == 0) return;
     std::copy_n(y, size, saved_.start(0, b));
     std::copy_n(z, size, saved_.start(1, b));
-    for (int64_t cycle = 0; cycle < settings.grad_cycles; ++cycle) {
-      for (int64_t k = 0; k <= settings.n; ++k) saved_call(worker, cycle, k, x, b);
+    for (int64_t cycle = 0; cycle < counts.grad_cycles; ++cycle) {
+      for (int64_t k = 0; k <= counts.n; ++k) saved_call(worker, cycle, k, x, b);
     }
-    std::copy_n(saved_.last(settings.grad_cycles - 1, settings.n, b), size, y);
-    std::copy_n(saved_.last(settings.grad_cycles - 1, settings.n - 1, b), size, z);
+    std::copy_n(saved_.last(counts.grad_cycles - 1, counts.n, b), size, y);
+    std::copy_n(saved_.last(counts.grad_cycles - 1, counts.n - 1, b), size, z);
   }
 
  private:
   static Stored* data(const Tensor& t) { return static_cast<Stored*>(t.data_ptr()); }
 
   void call(Worker<E>& worker, const Addends<E>& addends, Stored* between, Stored* out) const {
-    const int64_t last = saved_.settings.layers - 1;
+    const int64_t last = saved_.layers - 1;
     for (int64_t i = 0; i <= last; ++i) {
       const Addends<E> in = i == 0 ? addends : Addends<E>{between, nullptr, nullptr};
       worker.forward(weights_[i], in, nullptr, i == last ? out : between, worker.spare());
@@ -215,7 +218,7 @@ class Forward {
   }
 
   void saved_call(Worker<E>& worker, int64_t cycle, int64_t k, const Stored* x, int64_t b) const {
-    for (int64_t i = 0; i < saved_.settings.layers; ++i) {
+    for (int64_t i = 0; i < saved_.layers; ++i) {
       const Addends<E> in =
           i == 0 ? saved_.addends(cycle, k, x, b) : Addends<E>{saved_.out(cycle, k, i - 1, b), nullptr, nullptr};
       Stored* out = saved_.out(cycle, k, i, b);
@@ -235,12 +238,12 @@ class Forward {
 };
 
 template <class E>
-void forward(const Tensor& x, const Tensor& y, const Tensor& z, const std::vector<Tensor>& weights, const Tensor& rope,
-             const Tensor& states, const Tensor& scales, const Tensor& kept, const Sizes& s, const Settings& settings) {
-  const Weights<E> packed(s, weights, rope, false);
-  const Saved<E> saved = saved_of<E>(s, settings, x, states, scales, kept);
+void forward_in(const Call& call, const Tensor& y, const Tensor& z) {
+  const Sizes s = sizes_of(call);
+  const Weights<E> packed(s, call.network, false);
+  const Saved<E> saved = saved_of<E>(call, s);
   const Crew<E> crew(s, false, saved.batch);
-  const Forward<E> pass(saved, packed, x, y, z);
+  const Forward<E> pass(saved, packed, call.x, y, z);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, crew.threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
@@ -311,16 +314,15 @@ class Backward {
  public:
   using Stored = typename E::Stored;
 
-  Backward(const Saved<E>& saved, const std::vector<Tensor>& weights, const Tensor& rope, const Tensor& x,
-           const Tensor& dx, const Tensor& dy, const Tensor& dz, const std::vector<Tensor>& d_weights)
-      : saved_(saved),
-        s_(saved.s),
-        layers_(saved.settings.layers),
-        weights_(s_, weights, rope, true),
-        x_(data(x)),
-        given_{data(dx), data(dy), data(dz)},
-        d_weights_(d_weights),
-        crew_(s_, true, saved.batch),
+  Backward(const Call& call, const CallGradients& d)
+      : s_(sizes_of(call)),
+        saved_(saved_of<E>(call, s_)),
+        layers_(saved_.layers),
+        weights_(s_, call.network, true),
+        x_(data(call.x)),
+        given_{data(d.x), data(d.y), data(d.z)},
+        d_weights_(d.weights),
+        crew_(s_, true, saved_.batch),
         chunk_(chunk_of(crew_.threads)),
         slots_(slots_of()),
         memory_(memory_of(bytes_of([&](Arena& arena) { lay_out(arena); }))) {
@@ -350,7 +352,7 @@ class Backward {
 
   // Calls whose operands are multiplied at once, so that few tokens do not mean many passes over the gradients.
   int64_t slots_of() const {
-    const int64_t calls = saved_.settings.grad_cycles * (saved_.settings.n + 1);
+    const int64_t calls = saved_.counts.grad_cycles * (saved_.counts.n + 1);
     return std::clamp<int64_t>(2048 / (chunk_ * s_.padded), 1, calls);
   }
 
@@ -381,8 +383,8 @@ class Backward {
       widen(given_[2] + (first + i) * plain, d_[2] + i * size);
     });
     int64_t slot = 0;
-    for (int64_t cycle = saved_.settings.grad_cycles - 1; cycle >= 0; --cycle) {
-      for (int64_t k = saved_.settings.n; k >= 0; --k) {
+    for (int64_t cycle = saved_.counts.grad_cycles - 1; cycle >= 0; --cycle) {
+      for (int64_t k = saved_.counts.n; k >= 0; --k) {
         torch::stable::parallel_for(0, crew_.threads, 1, [&](int64_t begin, int64_t end) {
           for (int64_t thread = begin; thread < end; ++thread) {
             Worker<E> worker = crew_.worker(thread);
@@ -419,7 +421,7 @@ class Backward {
   void call(Worker<E>& worker, int64_t thread, int64_t cycle, int64_t k, int64_t b, int64_t i, int64_t slot) {
     const int64_t size = s_.padded * s_.width;
     float *dx = d_[0] + i * size, *dy = d_[1] + i * size, *dz = d_[2] + i * size;
-    float* d = k == saved_.settings.n ? dy : dz;
+    float* d = k == saved_.counts.n ? dy : dz;
     const Stored* x = x_ + b * s_.length * s_.width;
     for (int64_t layer = layers_ - 1; layer >= 0; --layer) {
       const Addends<E> in = layer == 0 ? saved_.addends(cycle, k, x, b)
@@ -437,24 +439,23 @@ class Backward {
         back(&kept);
       }
     }
-    add(d, k == saved_.settings.n ? dz : dy, size);
-    if (k < saved_.settings.n) add(d, dx, size);
+    add(d, k == saved_.counts.n ? dz : dy, size);
+    if (k < saved_.counts.n) add(d, dx, size);
   }
 
-  float* d_weight(int64_t layer, int64_t which) const {
-    return static_cast<float*>(d_weights_[4 * layer + which].data_ptr());
-  }
+  static float* place(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
   std::vector<WeightProduct> weight_products() const {
     std::vector<WeightProduct> all;
     const int64_t width = s_.width, inner = s_.inner;
     for (int64_t i = 0; i < layers_; ++i) {
       const Operands& o = operands_[i];
-      all.push_back({o.mlp.d_gate_up, o.mlp.in, 2 * inner, width, {d_weight(i, 2), width, inner}});
-      all.push_back({o.mlp.d_out, o.mlp.act, width, inner, {d_weight(i, 3), inner, 0}});
+      const LayerTensors d = layer_of(d_weights_, i);
+      all.push_back({o.mlp.d_gate_up, o.mlp.in, 2 * inner, width, {place(d.gate_up), width, inner}});
+      all.push_back({o.mlp.d_out, o.mlp.act, width, inner, {place(d.down), inner, 0}});
       if (!s_.attention()) continue;
-      all.push_back({o.attention.d_qkv, o.attention.in, 3 * width, width, {d_weight(i, 0), width, 0}});
-      all.push_back({o.attention.d_out, o.attention.mixed, width, width, {d_weight(i, 1), width, 0}});
+      all.push_back({o.attention.d_qkv, o.attention.in, 3 * width, width, {place(d.mix_in), width, 0}});
+      all.push_back({o.attention.d_out, o.attention.mixed, width, width, {place(d.mix_out), width, 0}});
     }
     return all;
   }
@@ -476,7 +477,8 @@ class Backward {
   // The sums of all threads, in the order of threads; that of `down` is turned.
   void add_mixer_gradients() const {
     for (int64_t layer = 0; layer < layers_; ++layer) {
-      float *gate_up = d_weight(layer, 0), *down = d_weight(layer, 1);
+      const LayerTensors d = layer_of(d_weights_, layer);
+      float *gate_up = place(d.mix_in), *down = place(d.mix_out);
       for (int64_t thread = 0; thread < crew_.threads; ++thread) {
         const MixerGradients& g = gradients_[thread * layers_ + layer];
         for (int64_t i = 0; i < 2 * s_.mix_inner; ++i) {
@@ -489,8 +491,8 @@ class Backward {
     }
   }
 
-  const Saved<E>& saved_;
   const Sizes s_;
+  const Saved<E> saved_;
   const int64_t layers_;
   const Weights<E> weights_;
   const Stored* x_;
@@ -512,57 +514,52 @@ bool ready(bool bfloat16) {
 
 bool is_bfloat16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
-void check(const Tensor& x, bool fits) {
-  STD_TORCH_CHECK(fits,
-                  "latent_update: needs contiguous float32 or bfloat16 states and float32 weights of sizes that fit");
-  STD_TORCH_CHECK(ready(is_bfloat16(x)), "latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
+void forward(const Call& call, const Tensor& y, const Tensor& z) {
+  is_bfloat16(call.x) ? forward_in<BFloat16>(call, y, z) : forward_in<Float32>(call, y, z);
 }
 
-void latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, Tensor rope, Tensor states,
-                           Tensor scales, Tensor kept, int64_t heads, double eps, int64_t n, int64_t T,
-                           int64_t grad_cycles) {
-  const Settings settings{n, T, grad_cycles, static_cast<int64_t>(weights.size()) / 4};
-  check(x, n > 0 && 0 <= grad_cycles && grad_cycles <= T && states_fit(x, {y, z}) &&
-               weights_fit(x, weights, weights, heads) &&
-               saved_fit(x, rope, states, scales, kept, heads, settings.saved_layers()));
-  if (x.numel() == 0) return;
-  const Sizes s = sizes_of(x, weights, heads, eps);
-  const auto run = is_bfloat16(x) ? forward<BFloat16> : forward<Float32>;
-  run(x, y, z, weights, rope, states, scales, kept, s, settings);
-}
-
-void latent_update_backward(Tensor x, std::vector<Tensor> weights, Tensor rope, Tensor states, Tensor scales,
-                            Tensor kept, Tensor dx, Tensor dy, Tensor dz, std::vector<Tensor> d_weights, int64_t heads,
-                            double eps, int64_t n, int64_t grad_cycles) {
-  const Settings settings{n, grad_cycles, grad_cycles, static_cast<int64_t>(weights.size()) / 4};
-  check(x, n > 0 && grad_cycles > 0 && states_fit(x, {dx, dy, dz}) && weights_fit(x, weights, weights, heads) &&
-               weights_fit(x, d_weights, weights, heads) &&
-               saved_fit(x, rope, states, scales, kept, heads, settings.saved_layers()));
-  if (x.numel() == 0) return;
-  const Sizes s = sizes_of(x, weights, heads, eps);
-  if (is_bfloat16(x)) {
-    const auto saved = saved_of<BFloat16>(s, settings, x, states, scales, kept);
-    Backward<BFloat16>(saved, weights, rope, x, dx, dy, dz, d_weights).run();
-  } else {
-    const auto saved = saved_of<Float32>(s, settings, x, states, scales, kept);
-    Backward<Float32>(saved, weights, rope, x, dx, dy, dz, d_weights).run();
-  }
+void backward(const Call& call, const CallGradients& d) {
+  is_bfloat16(call.x) ? Backward<BFloat16>(call, d).run() : Backward<Float32>(call, d).run();
 }
 
 }  // namespace
 #else
 namespace {
+using namespace latent_update;
 bool ready(bool) { return false; }
-void latent_update_forward(Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, int64_t, double,
-                           int64_t, int64_t, int64_t) {
-  STD_TORCH_CHECK(false, "latent_update: needs a CPU with AVX-512");
-}
-void latent_update_backward(Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                            std::vector<Tensor>, int64_t, double, int64_t, int64_t) {
-  STD_TORCH_CHECK(false, "latent_update: needs a CPU with AVX-512");
-}
+bool is_bfloat16(const Tensor&) { return false; }
+void forward(const Call&, const Tensor&, const Tensor&) {}
+void backward(const Call&, const CallGradients&) {}
 }  // namespace
 #endif
+
+namespace {
+
+void check(const Call& call, bool fits) {
+  STD_TORCH_CHECK(fits,
+                  "latent_update: needs contiguous float32 or bfloat16 states and float32 weights of sizes that fit");
+  STD_TORCH_CHECK(ready(is_bfloat16(call.x)), "latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
+}
+
+// The arguments of both are those of their schemas.
+void latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, Tensor rope, Tensor states,
+                           Tensor scales, Tensor kept, int64_t heads, double eps, int64_t n, int64_t T,
+                           int64_t grad_cycles) {
+  const Call call{x, {weights, rope, heads, eps}, {n, T, grad_cycles}, {states, scales, kept}};
+  check(call, call_fits(call, {y, z}));
+  if (x.numel() > 0) forward(call, y, z);
+}
+
+void latent_update_backward(Tensor x, std::vector<Tensor> weights, Tensor rope, Tensor states, Tensor scales,
+                            Tensor kept, Tensor dx, Tensor dy, Tensor dz, std::vector<Tensor> d_weights, int64_t heads,
+                            double eps, int64_t n, int64_t grad_cycles) {
+  const Call call{x, {weights, rope, heads, eps}, {n, grad_cycles, grad_cycles}, {states, scales, kept}};
+  const CallGradients d{dx, dy, dz, d_weights};
+  check(call, grad_cycles > 0 && call_fits(call, {dx, dy, dz}) && weights_fit(x, d.weights, call.network));
+  if (x.numel() > 0) backward(call, d);
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trm_fast, CPU, m) {
   m.impl("latent_update_forward_", TORCH_BOX(&latent_update_forward));

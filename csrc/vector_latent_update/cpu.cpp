@@ -7,7 +7,27 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 using torch::stable::Tensor;
+
+namespace {
+
+struct Arguments {
+  Tensor x;
+  std::vector<Tensor> weights;  // those of the network of z, then those of y
+  std::vector<double> scales;   // of each round
+  int64_t steps, grad_rounds;
+  Tensor states, kept, norms;  // what the forward pass leaves for the backward pass
+};
+
+// Gradients of the results, which become those of the states, and of the weights.
+struct CallGradients {
+  Tensor x, y, z;
+  std::vector<Tensor> weights;
+};
+
+}  // namespace
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "vector_latent_update/weight_products.h"
@@ -53,19 +73,25 @@ typename E::Stored* stored(const Tensor& t) {
   return static_cast<typename E::Stored*>(t.data_ptr());
 }
 
-Call call_of(int64_t hidden, const std::vector<Tensor>& w, const std::vector<double>& scales, int64_t steps,
-             int64_t grad_rounds, const Tensor& states, const Tensor& kept, const Tensor& norms) {
-  Counts counts{hidden, static_cast<int64_t>(scales.size()), steps, grad_rounds, {scales.begin(), scales.end()}};
-  const auto given = [&](int64_t first, int64_t parts) {
-    return Given{parts,
-                 floats(w[first]),
-                 floats(w[first + 1]),
-                 floats(w[first + 2]),
-                 floats(w[first + 3]),
-                 floats(w[first + 4]),
-                 floats(w[first + 5])};
-  };
-  return {counts, given(0, 3), given(6, 2), states, kept, norms};
+// The weights of a network, or their gradients, in the order of the page.
+struct NetTensors {
+  const Tensor &in, &in_bias, &out, &out_bias, &gain, &shift;
+};
+
+NetTensors net_of(const std::vector<Tensor>& weights, bool is_y) {
+  const Tensor* w = weights.data() + (is_y ? weights.size() / 2 : 0);
+  return {w[0], w[1], w[2], w[3], w[4], w[5]};
+}
+
+Given given_of(const NetTensors& w, int64_t parts) {
+  return {parts, floats(w.in), floats(w.in_bias), floats(w.out), floats(w.out_bias), floats(w.gain), floats(w.shift)};
+}
+
+Call call_of(const Arguments& a) {
+  const Counts counts{a.x.size(1), static_cast<int64_t>(a.scales.size()), a.steps, a.grad_rounds,
+                      std::vector<float>(a.scales.begin(), a.scales.end())};
+  const Given z = given_of(net_of(a.weights, false), 3), y = given_of(net_of(a.weights, true), 2);
+  return {counts, z, y, a.states, a.kept, a.norms};
 }
 
 // What one chunk saves, whose first row is `first`.
@@ -140,7 +166,7 @@ std::vector<Scratch<E>> take_scratch(const Division& division, int64_t hidden, b
 }
 
 template <class E>
-void forward(const Call& call, const Tensor& x, const Tensor& y, const Tensor& z) {
+void forward_in(const Call& call, const Tensor& x, const Tensor& y, const Tensor& z) {
   const Division division(x.size(0));
   const int64_t h = call.counts.hidden;
   NetPair nets;
@@ -167,13 +193,12 @@ void forward(const Call& call, const Tensor& x, const Tensor& y, const Tensor& z
 template <class E>
 class Backward {
  public:
-  Backward(const Call& call, const Tensor& x, const Tensor& dx, const Tensor& dy, const Tensor& dz,
-           const std::vector<Tensor>& gradients)
+  Backward(const Call& call, const Tensor& x, const CallGradients& d)
       : call_(call),
         division_(x.size(0)),
         x_(stored<E>(x)),
-        d_{stored<E>(dx), stored<E>(dy), stored<E>(dz)},
-        gradients_(gradients),
+        d_{stored<E>(d.x), stored<E>(d.y), stored<E>(d.z)},
+        gradients_(d.weights),
         memory_([this](Arena& arena) { lay_out(arena); }) {}
 
   void run() {
@@ -222,7 +247,7 @@ class Backward {
           .backward(x_ + at, d_[0] + at, d_[1] + at, d_[2] + at, saved, operands, vector_sums(sums),
                     vector_sums(sums + 4 * h));
     });
-    const auto products = weight_products<E>(call_.counts, saved, operands, gradients_of(0), gradients_of(6));
+    const auto products = weight_products<E>(call_.counts, saved, operands, gradients_of(false), gradients_of(true));
     const int64_t panels = ceil_div(h / kPanel, kLeftPanels);
     share(products.size() * panels, [&](int64_t, int64_t i) {
       multiply_pieces<E>(products[i / panels], i % panels * kLeftPanels, h, chunk > 0);
@@ -235,16 +260,15 @@ class Backward {
     return {sums, sums + h, sums + 2 * h, sums + 3 * h};
   }
 
-  Gradients gradients_of(int64_t first) const {
-    float* all[6];
-    for (int i = 0; i < 6; ++i) all[i] = place(gradients_[first + i]);
-    return {all[0], all[1], all[2], all[3], all[4], all[5]};
+  Gradients gradients_of(bool is_y) const {
+    const NetTensors d = net_of(gradients_, is_y);
+    return {place(d.in), place(d.in_bias), place(d.out), place(d.out_bias), place(d.gain), place(d.shift)};
   }
 
   // In the order of blocks, whichever thread had them.
   void add_vectors(int64_t blocks, bool add) const {
     const int64_t h = call_.counts.hidden;
-    const Gradients z = gradients_of(0), y = gradients_of(6);
+    const Gradients z = gradients_of(false), y = gradients_of(true);
     float* out[kVectors] = {z.in_bias, z.out_bias, z.gain, z.shift, y.in_bias, y.out_bias, y.gain, y.shift};
     for (int64_t v = 0; v < kVectors; ++v) {
       if (!add) std::fill_n(out[v], h, 0.0f);
@@ -277,45 +301,49 @@ bool ready(bool bfloat16) {
 
 bool is_bfloat16(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::BFloat16; }
 
-void check(const Tensor& x) {
-  STD_TORCH_CHECK(ready(is_bfloat16(x)),
-                  "vector_latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
-  STD_TORCH_CHECK(x.size(1) % kPanel == 0, "vector_latent_update: needs a hidden size in multiples of 32");
+void forward(const Arguments& a, const Tensor& y, const Tensor& z) {
+  const Call call = call_of(a);
+  is_bfloat16(a.x) ? forward_in<BFloat16>(call, a.x, y, z) : forward_in<Float32>(call, a.x, y, z);
 }
 
-void vector_latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, std::vector<double> scales,
-                                  int64_t steps, int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms) {
-  check(x);
-  const Call call = call_of(x.size(1), weights, scales, steps, grad_rounds, states, kept, norms);
-  is_bfloat16(x) ? forward<BFloat16>(call, x, y, z) : forward<Float32>(call, x, y, z);
-}
-
-void vector_latent_update_backward(Tensor x, std::vector<Tensor> weights, std::vector<double> scales, int64_t steps,
-                                   int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms, Tensor dx, Tensor dy,
-                                   Tensor dz, std::vector<Tensor> gradients) {
-  check(x);
-  const Call call = call_of(x.size(1), weights, scales, steps, grad_rounds, states, kept, norms);
-  if (is_bfloat16(x)) {
-    Backward<BFloat16>(call, x, dx, dy, dz, gradients).run();
-  } else {
-    Backward<Float32>(call, x, dx, dy, dz, gradients).run();
-  }
+void backward(const Arguments& a, const CallGradients& d) {
+  const Call call = call_of(a);
+  is_bfloat16(a.x) ? Backward<BFloat16>(call, a.x, d).run() : Backward<Float32>(call, a.x, d).run();
 }
 
 }  // namespace
 #else
 namespace {
 bool ready(bool) { return false; }
-void vector_latent_update_forward(Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<double>, int64_t, int64_t,
-                                  Tensor, Tensor, Tensor) {
-  STD_TORCH_CHECK(false, "vector_latent_update: needs a CPU with AVX-512");
-}
-void vector_latent_update_backward(Tensor, std::vector<Tensor>, std::vector<double>, int64_t, int64_t, Tensor, Tensor,
-                                   Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>) {
-  STD_TORCH_CHECK(false, "vector_latent_update: needs a CPU with AVX-512");
-}
+bool is_bfloat16(const Tensor&) { return false; }
+void forward(const Arguments&, const Tensor&, const Tensor&) {}
+void backward(const Arguments&, const CallGradients&) {}
 }  // namespace
 #endif
+
+namespace {
+
+void check(const Tensor& x) {
+  STD_TORCH_CHECK(ready(is_bfloat16(x)),
+                  "vector_latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
+  STD_TORCH_CHECK(x.size(1) % 32 == 0, "vector_latent_update: needs a hidden size in multiples of 32");
+}
+
+// The arguments of both are those of their schemas.
+void vector_latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, std::vector<double> scales,
+                                  int64_t steps, int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms) {
+  check(x);
+  forward({x, weights, scales, steps, grad_rounds, states, kept, norms}, y, z);
+}
+
+void vector_latent_update_backward(Tensor x, std::vector<Tensor> weights, std::vector<double> scales, int64_t steps,
+                                   int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms, Tensor dx, Tensor dy,
+                                   Tensor dz, std::vector<Tensor> gradients) {
+  check(x);
+  backward({x, weights, scales, steps, grad_rounds, states, kept, norms}, {dx, dy, dz, gradients});
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trm_fast, CPU, m) {
   m.impl("vector_latent_update_forward_", TORCH_BOX(&vector_latent_update_forward));
