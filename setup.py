@@ -35,6 +35,7 @@ CXX_FLAGS = [
     "-std=c++17",
     "-fno-math-errno",  # a loop with a sqrt is not vectorised without it
     "-ffp-contract=off",  # CPUs with and without FMA round alike
+    "-Werror=switch",  # a mode that a switch forgets must not fall through to another one
     "-fvisibility=hidden",
     STABLE_ABI,
     # No -fopenmp: threads come from torch, and a second OpenMP runtime can hang the process.

@@ -5,7 +5,7 @@ device, so that one launch serves all tensors whose dtypes agree. The last progr
 the step counters on, which spares a launch of their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from math import inf, log
 from typing import Any, NamedTuple
@@ -41,18 +41,41 @@ WIDTH: tl.constexpr = tl.constexpr(19)
 
 FLOAT32: tl.constexpr = tl.constexpr(0)
 BFLOAT16: tl.constexpr = tl.constexpr(1)
-ADAMW: tl.constexpr = tl.constexpr(0)
-ADAM: tl.constexpr = tl.constexpr(1)
-ATAN2: tl.constexpr = tl.constexpr(2)
-SGD: tl.constexpr = tl.constexpr(3)
-MOMENTUM: tl.constexpr = tl.constexpr(4)
-FILTER_ONLY: tl.constexpr = tl.constexpr(5)
-NO_FILTER: tl.constexpr = tl.constexpr(0)
-EMA: tl.constexpr = tl.constexpr(1)
-HIGHPASS: tl.constexpr = tl.constexpr(2)
-PROJECTION: tl.constexpr = tl.constexpr(3)
-COSINE_GATE: tl.constexpr = tl.constexpr(4)
-MOVING_AVERAGE: tl.constexpr = tl.constexpr(5)
+
+# The modes that these kernels know, by the names of the page. A call gives their positions.
+RULES = ("adamw", "adam", "atan2", "sgd", "momentum", "filter")
+FILTERS = ("none", "ema", "highpass", "projection", "cosine_gate", "ma")
+ADAMW: tl.constexpr = tl.constexpr(RULES.index("adamw"))
+ADAM: tl.constexpr = tl.constexpr(RULES.index("adam"))
+ATAN2: tl.constexpr = tl.constexpr(RULES.index("atan2"))
+SGD: tl.constexpr = tl.constexpr(RULES.index("sgd"))
+MOMENTUM: tl.constexpr = tl.constexpr(RULES.index("momentum"))
+FILTER_ONLY: tl.constexpr = tl.constexpr(RULES.index("filter"))
+NO_FILTER: tl.constexpr = tl.constexpr(FILTERS.index("none"))
+EMA: tl.constexpr = tl.constexpr(FILTERS.index("ema"))
+HIGHPASS: tl.constexpr = tl.constexpr(FILTERS.index("highpass"))
+PROJECTION: tl.constexpr = tl.constexpr(FILTERS.index("projection"))
+COSINE_GATE: tl.constexpr = tl.constexpr(FILTERS.index("cosine_gate"))
+MOVING_AVERAGE: tl.constexpr = tl.constexpr(FILTERS.index("ma"))
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call, by the names of the page; a call gives them in this order."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    alpha: float
+    lamb: float
+    after_step: float
+    maximize: float
+    weight_ema: float
+    dampening: float
+    nesterov: float
+    warmup: float
+    proj_eps: float
 
 
 class Plan(NamedTuple):
@@ -199,6 +222,7 @@ def _blend_by_sums(row, k, factor, alpha, fresh, lamb, proj_eps, FILTER: tl.cons
         gain = 1.0
         pull = tl.where(mean_square > proj_eps, lamb * dot / mean_square, 0.0).to(tl.float32)
     else:
+        tl.static_assert(FILTER == COSINE_GATE, "no such filter")
         aligned = dot > 0.5 * tl.sqrt(square * mean_square)
         gain = tl.where(aligned, lamb, 1 / lamb).to(tl.float32)
         pull = 0.0
@@ -222,6 +246,7 @@ def _blend(
     elif FILTER == HIGHPASS:
         gain, pull = 1 + lamb, -lamb
     else:
+        tl.static_assert(FILTER == EMA, "no such filter")
         gain, pull = 1.0, lamb
     return gain, pull
 
@@ -307,6 +332,7 @@ def _step_block(
             g = g + plan.beta1 * m if NESTEROV else m
         p = p - plan.pace * g
     else:
+        tl.static_assert(ADAPTIVE, "no such rule")
         v = plan.beta2 * v + plan.keep2 * g * g
         vhat = tl.sqrt(v) * plan.debias
         if RULE == ATAN2:
@@ -416,17 +442,23 @@ def adaptive_step_kernel(
 
 
 def adaptive_step_rows_(
-    table: Tensor, ticket: Tensor | None, rule: int, filter: int, lr: float, beta1: float,
-    beta2: float, eps: float, weight_decay: float, alpha: float, lamb: float, after_step: int,
-    maximize: bool, weight_ema: float, dampening: float, nesterov: bool, warmup: bool,
-    proj_eps: float, lr_at: Tensor | None, weight_decay_at: Tensor | None, lamb_at: Tensor | None,
+    table: Tensor, ticket: Tensor | None, rule: int, filter: int, numbers: Sequence[float],
+    lr_at: Tensor | None, weight_decay_at: Tensor | None, lamb_at: Tensor | None,
     grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launches the kernel once for each combination of dtypes among the rows of ``table``."""
+    """Launches the kernel once for each combination of dtypes among the rows of ``table``.
+
+    Raises:
+        ValueError: ``rule`` or ``filter`` is no position in ``RULES`` or ``FILTERS``.
+    """
+    for kind, number, known in (("rule", rule, RULES), ("filter", filter, FILTERS)):
+        if not 0 <= number < len(known):
+            raise ValueError(f"adaptive_step: there is no {kind} of number {number}")
+    n = Numbers(*numbers)
     if ticket is None:  # the interpreter, on the CPU
         ticket = torch.zeros(1, dtype=torch.int32)
     rows = table.numpy()
-    sgd = rule == SGD.value
+    kept_out = n.dampening if rule == SGD.value else n.beta1
     # Triton launches on the current device.
     with torch.cuda.device(ticket.device) if ticket.is_cuda else nullcontext():
         for same, layout in _groups(rows):
@@ -435,14 +467,14 @@ def adaptive_step_rows_(
             chunk = chunk_size(int(sizes.sum()), ticket.device)
             on_device, owner, start = lay_out(same, sizes, chunk, ticket.device)
             adaptive_step_kernel[(len(owner),)](
-                on_device, owner, start, ticket, len(same), chunk, after_step,
-                -1.0 if maximize else 1.0, lr, beta1, 1.0 - (dampening if sgd else beta1),
-                _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, weight_decay, alpha, 1.0 - alpha,
-                lamb, proj_eps, 1.0 - weight_ema,
+                on_device, owner, start, ticket, len(same), chunk, int(n.after_step),
+                -1.0 if n.maximize else 1.0, n.lr, n.beta1, 1.0 - kept_out, _log(n.beta1),
+                n.beta2, 1.0 - n.beta2, _log(n.beta2), n.eps, n.weight_decay,
+                n.alpha, 1.0 - n.alpha, n.lamb, n.proj_eps, 1.0 - n.weight_ema,
                 lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
                 RULE=rule, FILTER=filter if filtered else NO_FILTER.value,
-                MOMENT=bool(same[:, EXP_AVG.value].any()), NESTEROV=nesterov, WARMUP=warmup,
-                AVERAGE=bool(same[:, WEIGHT_EMA.value].any()), **layout,
+                MOMENT=bool(same[:, EXP_AVG.value].any()), NESTEROV=bool(n.nesterov),
+                WARMUP=bool(n.warmup), AVERAGE=bool(same[:, WEIGHT_EMA.value].any()), **layout,
             )  # fmt: skip
 
 
@@ -474,34 +506,33 @@ def specialisations() -> list[dict[str, Any]]:
     types = dict.fromkeys(pointers, "*i64") | {"ticket_ptr": "*i32"}
     types |= dict.fromkeys(("tensors", "chunk", "after_step"), "i32")
     types |= dict.fromkeys(optional, "*fp32")
-    adamw, adam, atan2, sgd, momentum, only = range(6)
-    none, ema, highpass, projection, cosine_gate, ma = range(6)
     plain = (0,) * 7
     launches = []
     for rule, filter, dtypes, aligned, given, *true in (
         # float32 throughout
-        (adamw, ema, plain, True, False, "MOMENT"),
+        ("adamw", "ema", plain, True, False, "MOMENT"),
         # filter and first moment in bfloat16
-        (adamw, ema, (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT"),
+        ("adamw", "ema", (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT"),
         # bfloat16 model, float32 states
-        (adam, highpass, (1, 1, 0, 0, 0, 0, 0), True, True, "MOMENT", "AVERAGE"),
+        ("adam", "highpass", (1, 1, 0, 0, 0, 0, 0), True, True, "MOMENT", "AVERAGE"),
         # float16 model, bfloat16 states, odd addresses
-        (atan2, ema, (2, 2, 1, 1, 1, 1, 0), False, True, "MOMENT", "AVERAGE"),
+        ("atan2", "ema", (2, 2, 1, 1, 1, 1, 0), False, True, "MOMENT", "AVERAGE"),
         # no filter
-        (atan2, none, (1, 1, 0, 0, 0, 0, 0), True, False, "MOMENT"),
+        ("atan2", "none", (1, 1, 0, 0, 0, 0, 0), True, False, "MOMENT"),
         # sums over tensors
-        (adamw, projection, plain, True, True, "MOMENT"),
-        (adam, cosine_gate, plain, True, False, "MOMENT"),
+        ("adamw", "projection", plain, True, True, "MOMENT"),
+        ("adam", "cosine_gate", plain, True, False, "MOMENT"),
         # rings
-        (adamw, ma, plain, True, False, "MOMENT", "WARMUP"),
-        (atan2, ma, (2, 2, 1, 1, 0, 1, 1), False, True, "MOMENT", "AVERAGE"),
+        ("adamw", "ma", plain, True, False, "MOMENT", "WARMUP"),
+        ("atan2", "ma", (2, 2, 1, 1, 0, 1, 1), False, True, "MOMENT", "AVERAGE"),
         # the other rules
-        (sgd, ma, plain, True, False, "MOMENT", "NESTEROV", "AVERAGE"),
-        (sgd, ema, (1, 1, 0, 0, 1, 0, 0), True, False),
-        (momentum, ema, (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT", "NESTEROV"),
-        (only, ma, (1, 1, 0, 0, 0, 0, 1), True, False),
+        ("sgd", "ma", plain, True, False, "MOMENT", "NESTEROV", "AVERAGE"),
+        ("sgd", "ema", (1, 1, 0, 0, 1, 0, 0), True, False),
+        ("momentum", "ema", (0, 0, 1, 0, 1, 0, 0), True, True, "MOMENT", "NESTEROV"),
+        ("filter", "ma", (1, 1, 0, 0, 0, 0, 1), True, False),
     ):
-        constants = {"RULE": rule, "FILTER": filter} | {name: name in true for name in flags}
+        constants = {"RULE": RULES.index(rule), "FILTER": FILTERS.index(filter)}
+        constants |= {name: name in true for name in flags}
         constants |= _layout(aligned, dtypes) | dict.fromkeys(() if given else optional)
         options = {"num_warps": constants.pop("num_warps")}
         launches.append(
@@ -511,7 +542,7 @@ def specialisations() -> list[dict[str, Any]]:
                 "constants": constants,
                 "options": options,
                 "aligned": [*pointers, "chunk"],
-                "float64": filter in (projection, cosine_gate),
+                "float64": filter in ("projection", "cosine_gate"),
             }
         )
     return launches

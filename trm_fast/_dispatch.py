@@ -2,8 +2,8 @@
 
 Every op has up to four implementations, named ``reference``, ``cpp``, ``cuda`` and ``triton``.
 Unnamed choice: the first usable one in ``ORDER``, silently. Named choice (``TRM_FAST_BACKEND``,
-    ``use_backend`` or a ``backend`` argument): that one
-or a ``BackendError``. ``TRM_FAST_STRICT=1`` turns every silent fallback into an error.
+``use_backend`` or a ``backend`` argument): that one or a ``BackendError``. ``TRM_FAST_STRICT=1``
+turns every silent fallback into an error.
 """
 
 import os
@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -126,6 +126,25 @@ def unusable(backend: str, device_type: str) -> str | None:
     return _native.unusable(backend)
 
 
+class Call(NamedTuple):
+    """What decides whether an implementation can run a call.
+
+    Args:
+        device_type: where the tensors are.
+        dtypes: those that decide.
+        details: what else the page of the op looks at, such as modes or sizes: hashable, of a form
+            that the page defines; None where nothing but device and dtypes is known.
+    """
+
+    device_type: str
+    dtypes: frozenset[torch.dtype]
+    details: Any = None
+
+
+def _knows_everything(backend: str) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Choice:
     """The implementation that runs, and the reasons against those preferred to it."""
@@ -143,10 +162,12 @@ class Example:
         prepare: ``(backend, dtype)`` to a call on fresh copies of the same inputs, and the tensors
             that it overwrites, by name; a dtype other than None replaces that of every input.
         tolerance: bound on the error of each tensor, relative to its largest true value.
+        details: those of the call, as ``Call`` has them.
     """
 
     prepare: Callable[[str, torch.dtype | None], tuple[Callable[[], None], dict[str, torch.Tensor]]]
     tolerance: Mapping[str, float]
+    details: Any = None
 
     def run(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Makes the call on ``backend`` and returns what it wrote."""
@@ -174,19 +195,21 @@ class Op:
         name: the word under which the op is found in every tree.
         implementations: backend to function, or to "module:function", which is imported on first
             use.
-        refuses: ``(backend, dtypes)`` to the reason why the backend cannot run a call with them, or
-            None.
+        refuses: ``(backend, call)`` to the reason why the backend cannot run it, or None; asked
+            only if the backend runs at all on the device of the call.
         examples: ``(shape, dtype, device)`` to named ``Example`` calls.
         order: device type to backends, fastest first.
         composed: backends on which the op calls other ops, and has no kernel of its own.
+        lacks: backend that runs at all to the modes and options that it does not know.
     """
 
     name: str
     implementations: Mapping[str, Any]
-    refuses: Callable[[str, frozenset[torch.dtype]], str | None]
+    refuses: Callable[[str, Call], str | None]
     examples: Callable[[tuple[int, ...], torch.dtype, torch.device], dict[str, Example]]
     order: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDER)
     composed: tuple[str, ...] = ()
+    lacks: Callable[[str], tuple[str, ...]] = _knows_everything
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
     notes: dict[str, dict[str, None]] = field(default_factory=dict, init=False, repr=False)
@@ -194,18 +217,22 @@ class Op:
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
-    def reason(self, backend: str, device_type: str, dtypes: frozenset[torch.dtype]) -> str | None:
-        """Returns why ``backend`` cannot run a call with these dtypes there, or None if it can."""
+    def reason(
+        self, backend: str, device_type: str, dtypes: frozenset[torch.dtype], details: Any = None
+    ) -> str | None:
+        """Returns why ``backend`` cannot run such a call, or None if it can; arguments as those of
+        ``Call``."""
         if backend not in self.implementations:
             return f"{self.name} has no {backend} implementation"
-        return unusable(backend, device_type) or self.refuses(backend, dtypes)
+        call = Call(device_type, dtypes, details)
+        return unusable(backend, device_type) or self.refuses(backend, call)
 
     def choose(
         self,
         device_type: str,
         dtypes: frozenset[torch.dtype],
         named: str | None = None,
-        obstacles: tuple[tuple[str, str], ...] = (),
+        details: Any = None,
     ) -> Choice:
         """Returns the implementation for a call; ``named`` binds, else the process-wide name does.
 
@@ -213,12 +240,12 @@ class Op:
             device_type: where the tensors are.
             dtypes: those that decide.
             named: the backend that must run, or None.
-            obstacles: backends that this call rules out by its shapes, each with the reason.
+            details: what else decides, as ``Call`` has it.
 
         Raises:
             BackendError: the named backend cannot run the call, or strict mode met a fallback.
         """
-        key = (device_type, dtypes, named or _named, obstacles)
+        key = (device_type, dtypes, named or _named, details)
         if torch.compiler.is_compiling():
             backend: str = _constant_choice(self.name, key)
             return Choice(backend, self._function(backend), ())
@@ -230,21 +257,16 @@ class Op:
         return self.choices[key]
 
     def _choose(
-        self,
-        device_type: str,
-        dtypes: frozenset[torch.dtype],
-        named: str | None,
-        obstacles: tuple[tuple[str, str], ...],
+        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None, details: Any
     ) -> Choice:
-        ruled_out = dict(obstacles)
         if named is not None:
-            reason = self.reason(check_name(named), device_type, dtypes) or ruled_out.get(named)
+            reason = self.reason(check_name(named), device_type, dtypes, details)
             if reason:
                 raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
             return Choice(named, self._function(named), ())
         skipped: list[tuple[str, str]] = []
         for backend in self.order.get(device_type, ("reference",)):
-            reason = self.reason(backend, device_type, dtypes) or ruled_out.get(backend)
+            reason = self.reason(backend, device_type, dtypes, details)
             if reason is None:
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
@@ -297,8 +319,9 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot
     run.
 
-    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Fallbacks that
-    happened in this process stand under the key "fallbacks" of their op, as call to reason.
+    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. A backend that
+    does not know all modes of the op says which it lacks: "usable, without filter 'ma'". Fallbacks
+    that happened in this process stand under the key "fallbacks" of their op, as call to reason.
     """
     table: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS.values():
@@ -312,20 +335,29 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 def _states(op: Op, device_type: str) -> dict[str, str]:
     dtypes = frozenset({torch.float32})
     listed = [*op.order[device_type], *(b for b in BACKENDS if b not in op.order[device_type])]
-    states = {b: op.reason(b, device_type, dtypes) or "usable" for b in listed}
-    usable = [b for b in op.order[device_type] if states[b] == "usable"]
+    reasons = {b: op.reason(b, device_type, dtypes) for b in listed}
+    usable = [b for b in op.order[device_type] if reasons[b] is None]
     if _named is not None:
-        usable = [_named] if states[_named] == "usable" else []
+        usable = [_named] if reasons[_named] is None else []
+    states = {b: reason or f"usable{without(op, b)}" for b, reason in reasons.items()}
     if usable:
-        states[usable[0]] = "chosen"
+        states[usable[0]] = f"chosen{without(op, usable[0])}"
     return states
 
 
+def without(op: Op, backend: str) -> str:
+    """Returns what a usable backend lacks, as the end of a sentence: empty, or ", without ..."."""
+    lacking = op.lacks(backend)
+    return f", without {', '.join(lacking)}" if lacking else ""
+
+
 def _fallbacks(op: Op) -> dict[str, str]:
-    found = {}
+    found: dict[str, list[str]] = {}
     for (device_type, dtypes, *_), choice in op.choices.items():
         if choice.skipped:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
-            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.skipped)
-            found[f"{device_type} {kinds} ran on {choice.backend}"] = reasons
-    return found | {call: "; ".join(reasons) for call, reasons in op.notes.items()}
+            reasons = found.setdefault(f"{device_type} {kinds} ran on {choice.backend}", [])
+            # Calls that differ in their details may have reasons in common.
+            given = (f"{backend}: {reason}" for backend, reason in choice.skipped)
+            reasons.extend(reason for reason in given if reason not in reasons)
+    return {call: "; ".join(reasons) for call, reasons in {**found, **op.notes}.items()}

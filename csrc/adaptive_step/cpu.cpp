@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "adaptive_step/math.h"
+#include "adaptive_step/settings.h"
 #include "adaptive_step/table.h"
 #include "common/cpu_floats.h"
 #include "common/per_cpu.h"
@@ -60,18 +61,6 @@ PER_CPU void add(float* __restrict__ sum, const float* __restrict__ in, int64_t 
   for (int64_t i = 0; i < size; ++i) sum[i] += in[i];
 }
 
-struct Settings {
-  Rule rule;
-  Filter filter;
-  double lr, beta1, beta2, eps, weight_decay, alpha, lamb;
-  int64_t after_step;
-  double weight_ema, dampening;
-  bool nesterov, warmup;
-  double proj_eps;
-  bool reduces() const { return filter == kProjection || filter == kCosineGate; }
-  bool adaptive() const { return rule == kAdamW || rule == kAdam || rule == kATan2; }
-};
-
 // What one tensor needs at one step, rounded once from double.
 struct Plan {
   bool filtering, seeding;
@@ -99,8 +88,7 @@ struct Span {
   int64_t size;
 };
 
-enum class Rest { kDivide, kAngle, kDescend, kWrite };  // of a step, behind the filter
-enum class Slow { kNone, kMean, kRing };                // what the filter keeps
+enum class Slow { kNone, kMean, kRing };  // what the filter keeps
 struct None {};
 
 // Moment is None, float or BFloat16; Mean, the type of the mean or of the ring, is float or BFloat16.
@@ -163,11 +151,18 @@ Update choose_moment(const Row& row) {
 
 template <Slow kSlow, class Mean>
 Update choose_rest(const Row& row, Rule rule) {
-  if (rule == kSgd) return choose_moment<kSlow, Mean, Rest::kDescend>(row);
-  if (rule == kMomentum || rule == kFilter) return choose_moment<kSlow, Mean, Rest::kWrite>(row);
-  const bool narrow = row.exp_avg_dtype == kBFloat16, angle = rule == kATan2;
-  if (narrow) return angle ? update<kSlow, Mean, Rest::kAngle, BFloat16> : update<kSlow, Mean, Rest::kDivide, BFloat16>;
-  return angle ? update<kSlow, Mean, Rest::kAngle, float> : update<kSlow, Mean, Rest::kDivide, float>;
+  const bool narrow = row.exp_avg_dtype == kBFloat16;
+  switch (rest_of(rule)) {
+    case Rest::kDivide:
+      return narrow ? update<kSlow, Mean, Rest::kDivide, BFloat16> : update<kSlow, Mean, Rest::kDivide, float>;
+    case Rest::kAngle:
+      return narrow ? update<kSlow, Mean, Rest::kAngle, BFloat16> : update<kSlow, Mean, Rest::kAngle, float>;
+    case Rest::kDescend:
+      return choose_moment<kSlow, Mean, Rest::kDescend>(row);
+    case Rest::kWrite:
+      return choose_moment<kSlow, Mean, Rest::kWrite>(row);
+  }
+  return nullptr;
 }
 
 Update choose_update(const Row& row, const Plan& plan, const Settings& settings) {
@@ -214,7 +209,7 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
   alignas(64) float buffers[4][kBufferedBlock];
   const auto low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
   // What is only written need not be read.
-  const bool output = settings.rule == kMomentum || settings.rule == kFilter;
+  const bool output = rest_of(settings.rule) == Rest::kWrite;
   float* param =
       output && row.param_dtype != kFloat32 ? buffers[0] : load(row.param, row.param_dtype, first, size, buffers[0]);
   float* exp_avg_sq = load(row.exp_avg_sq, row.exp_avg_sq_dtype, first, size, buffers[2]);
@@ -245,7 +240,7 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
     round_bfloat16(reinterpret_cast<BFloat16*>(data), exp_avg_sq, key, low, 0, size);
   }
   if (ema == nullptr) return;
-  average(ema, param, static_cast<float>(1.0 - settings.weight_ema), size);
+  average(ema, param, static_cast<float>(1.0 - settings.number.weight_ema), size);
   if (row.weight_ema_dtype == kBFloat16) {
     data = place(row.weight_ema, kBFloat16, first);
     round_bfloat16(reinterpret_cast<BFloat16*>(data), ema, key, low, 16, size);
@@ -260,44 +255,33 @@ int64_t block_size(const Row& row) {
 
 float count_at(int64_t address) { return address == 0 ? 0.0f : *reinterpret_cast<const float*>(address); }
 
-Blend blend(const Row& row, const Settings& s, double factor, double step, int64_t filtered) {
-  const double lamb = s.lamb;
-  if (s.filter == kHighpass) return {static_cast<float>(1.0 + lamb), static_cast<float>(-lamb)};
-  if (s.filter == kMa) {
-    const int64_t known = std::min(filtered + 1, row.window);
-    const bool amplified = step > s.after_step && !(s.warmup && known < row.window);
-    return {1.0f, static_cast<float>(amplified ? lamb / known : 0.0)};
-  }
-  if (!s.reduces()) return {1.0f, static_cast<float>(lamb)};
-  const double alpha = filtered == 0 ? 0.0 : s.alpha;
-  return blend_by_sums(s.filter == kProjection, reinterpret_cast<const double*>(row.sums), factor, alpha, lamb,
-                       s.proj_eps);
-}
-
 Plan make_plan(const Row& row, const Settings& s, double factor) {
+  const Numbers& n = s.number;
   const double step = count_at(row.step) + 1.0;
+  const Rest rest = rest_of(s.rule);
+  const bool adaptive = rest == Rest::kDivide || rest == Rest::kAngle;
   Plan plan{};
   plan.filtered = static_cast<int64_t>(count_at(row.grok_step));
   // The ring is filled from the first step on.
-  plan.filtering = s.filter != kNone && row.grok_step != 0 && (s.filter == kMa || step > s.after_step);
+  plan.filtering = s.filter != kNone && row.grok_step != 0 && (s.filter == kMa || step > n.after_step);
   plan.seeding = plan.filtering && plan.filtered == 0;
   plan.factor = static_cast<float>(factor);
   // The mean is cleared before it is seeded, whatever it held.
-  plan.alpha = static_cast<float>(s.alpha);
-  plan.fresh = plan.seeding ? 1.0f : static_cast<float>(1.0 - s.alpha);
+  plan.alpha = static_cast<float>(n.alpha);
+  plan.fresh = plan.seeding ? 1.0f : static_cast<float>(1.0 - n.alpha);
   const bool starts = s.rule == kSgd && step == 1.0;  // with the gradient, undampened
-  plan.keep1 = static_cast<float>(starts ? 0.0 : s.beta1);
-  plan.take1 = static_cast<float>(s.rule != kSgd ? 1.0 - s.beta1 : starts ? 1.0 : 1.0 - s.dampening);
-  plan.direct = static_cast<float>(!s.nesterov ? 0.0 : s.rule == kMomentum ? 1.0 - s.beta1 : 1.0);
-  plan.through = static_cast<float>(s.nesterov ? s.beta1 : 1.0);
-  plan.beta2 = static_cast<float>(s.beta2);
-  plan.keep2 = static_cast<float>(1.0 - s.beta2);
-  plan.eps = static_cast<float>(s.eps);
+  plan.keep1 = static_cast<float>(starts ? 0.0 : n.beta1);
+  plan.take1 = static_cast<float>(s.rule != kSgd ? 1.0 - n.beta1 : starts ? 1.0 : 1.0 - n.dampening);
+  plan.direct = static_cast<float>(n.nesterov == 0 ? 0.0 : s.rule == kMomentum ? 1.0 - n.beta1 : 1.0);
+  plan.through = static_cast<float>(n.nesterov != 0 ? n.beta1 : 1.0);
+  plan.beta2 = static_cast<float>(n.beta2);
+  plan.keep2 = static_cast<float>(1.0 - n.beta2);
+  plan.eps = static_cast<float>(n.eps);
   const bool coupled = s.rule == kAdam || s.rule == kSgd;
-  plan.l2 = static_cast<float>(coupled ? s.weight_decay : 0.0);
-  plan.decay = static_cast<float>(coupled ? 1.0 : 1.0 - s.lr * s.weight_decay);
-  plan.pace = static_cast<float>(s.adaptive() ? s.lr / (1.0 - std::pow(s.beta1, step)) : s.lr);
-  plan.debias = static_cast<float>(s.adaptive() ? 1.0 / std::sqrt(1.0 - std::pow(s.beta2, step)) : 1.0);
+  plan.l2 = static_cast<float>(coupled ? n.weight_decay : 0.0);
+  plan.decay = static_cast<float>(coupled ? 1.0 : 1.0 - n.lr * n.weight_decay);
+  plan.pace = static_cast<float>(adaptive ? n.lr / (1.0 - std::pow(n.beta1, step)) : n.lr);
+  plan.debias = static_cast<float>(adaptive ? 1.0 / std::sqrt(1.0 - std::pow(n.beta2, step)) : 1.0);
   plan.step = static_cast<uint32_t>(step);
   return plan;
 }
@@ -315,7 +299,10 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
   for (int64_t t = 0; t < tensors; ++t) {
     plans[t] = t > 0 && same_history(rows[t], rows[t - 1]) ? plans[t - 1] : make_plan(rows[t], settings, factor);
     if (plans[t].filtering) {
-      const Blend mix = blend(rows[t], settings, factor, plans[t].step, plans[t].filtered);
+      const auto* sums = reinterpret_cast<const double*>(rows[t].sums);
+      const Seen seen{settings.number.lamb, factor,         static_cast<double>(plans[t].step),
+                      plans[t].filtered,    rows[t].window, sums};
+      const Blend mix = blend(settings.filter, settings.number, seen);
       plans[t].gain = mix.gain;
       plans[t].pull = mix.pull;
     }
@@ -336,38 +323,27 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
   }
 }
 
-void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter, double lr,
-                        double beta1, double beta2, double eps, double weight_decay, double alpha, double lamb,
-                        int64_t after_step, bool maximize, double weight_ema, double dampening, bool nesterov,
-                        bool warmup, double proj_eps, std::optional<Tensor> lr_at,
-                        std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
-                        std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter,
+                        std::vector<double> numbers, std::optional<Tensor> lr_at, std::optional<Tensor> weight_decay_at,
+                        std::optional<Tensor> lamb_at, std::optional<Tensor> grad_scale,
+                        std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
-  if (found_inf && *address(found_inf) != 0) return;
-  Settings settings{static_cast<Rule>(rule),
-                    static_cast<Filter>(filter),
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
-                    alpha,
-                    lamb,
-                    after_step,
-                    weight_ema,
-                    dampening,
-                    nesterov,
-                    warmup,
-                    proj_eps};
-  if (lr_at) settings.lr = *address(lr_at);
-  if (weight_decay_at) settings.weight_decay = *address(weight_decay_at);
-  if (lamb_at) settings.lamb = *address(lamb_at);
-  double factor = maximize ? -1.0 : 1.0;
-  if (grad_scale) factor /= *address(grad_scale);
-  if (clip) factor *= *address(clip);
+  const Addresses at{address(lr_at),      address(weight_decay_at), address(lamb_at),
+                     address(grad_scale), address(found_inf),       address(clip)};
+  Settings settings = make_settings(rule, filter, numbers, at);
+  if (at.found_inf != nullptr && *at.found_inf != 0) return;
+  if (at.lr != nullptr) settings.number.lr = *at.lr;
+  if (at.weight_decay != nullptr) settings.number.weight_decay = *at.weight_decay;
+  if (at.lamb != nullptr) settings.number.lamb = *at.lamb;
+  double factor = settings.number.maximize != 0 ? -1.0 : 1.0;
+  if (at.grad_scale != nullptr) factor /= *at.grad_scale;
+  if (at.clip != nullptr) factor *= *at.clip;
   step_rows(static_cast<const Row*>(table.data_ptr()), table.size(0), settings, factor);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trm_fast, CPU, m) { m.impl("adaptive_step_rows_", TORCH_BOX(&adaptive_step_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(trm_fast, CompositeExplicitAutograd, m) {
+  m.impl("_adaptive_step_cpp_knows", TORCH_BOX(&adaptive_step::known));
+}

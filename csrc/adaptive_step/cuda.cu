@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "adaptive_step/math.h"
+#include "adaptive_step/settings.h"
 #include "adaptive_step/table.h"
 #include "common/cuda_chunks.h"
 #include "common/cuda_floats.h"
@@ -34,15 +36,11 @@ struct DeviceRow {
 enum Array { kParam, kGrad, kExpAvg, kExpAvgSq, kGrokExpAvg, kWeightEma, kGrokRing };
 constexpr int kArrays = 7;
 
+// Numbers that every element needs are rounded once, on the host.
 struct DeviceSettings {
-  struct {
-    const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
-  } at;
-  int rule, filter;
-  bool nesterov, warmup;
-  float lr, beta1, take1, log_beta1, beta2, log_beta2, keep2, eps, weight_decay, alpha, fresh, lamb, sign, ema_fresh;
-  double precise_alpha, proj_eps;
-  int64_t after_step;
+  Settings all;
+  bool adaptive, output, nesterov;
+  float beta1, take1, log_beta1, beta2, log_beta2, keep2, eps, alpha, fresh, ema_fresh;
 };
 
 template <int kRows>
@@ -66,21 +64,7 @@ struct Plan {
   int64_t slot;       // of the ring: the address of its first element
 };
 
-__device__ float value(float number, const float* at) { return at == nullptr ? number : *at; }
-
-__device__ Blend blend(const DeviceRow& row, const DeviceSettings& s, const Plan& plan) {
-  const float lamb = value(s.lamb, s.at.lamb);
-  if (s.filter == kHighpass) return {1.0f + lamb, -lamb};
-  if (s.filter == kMa) {
-    const uint32_t window = row.window, known = min(plan.filtered + 1, window);
-    const bool amplified = plan.step > s.after_step && !(s.warmup && known < window);
-    return {1.0f, amplified ? lamb / static_cast<float>(known) : 0.0f};
-  }
-  if (s.filter != kProjection && s.filter != kCosineGate) return {1.0f, lamb};
-  const double alpha = plan.seeding ? 0.0 : s.precise_alpha;
-  return blend_by_sums(s.filter == kProjection, reinterpret_cast<const double*>(row.sums), plan.factor, alpha, lamb,
-                       s.proj_eps);
-}
+__device__ float value(double number, const float* at) { return at == nullptr ? static_cast<float>(number) : *at; }
 
 __device__ int dtype_of(const DeviceRow& row, Array array) { return (row.dtypes >> (2 * array)) & 3; }
 
@@ -92,27 +76,33 @@ __device__ int64_t slot_of(const DeviceRow& row, uint32_t filtered) {
 
 __device__ Plan make_plan(const DeviceRow& row, const DeviceSettings& s) {
   const float step = *reinterpret_cast<const float*>(row.step) + 1;
-  const float lr = value(s.lr, s.at.lr), weight_decay = value(s.weight_decay, s.at.weight_decay);
-  const bool adaptive = s.rule == kAdamW || s.rule == kAdam || s.rule == kATan2;
-  const bool coupled = s.rule == kAdam || s.rule == kSgd, known = s.filter != kNone && row.grok_step != 0;
+  const Rule rule = s.all.rule;
+  const Filter filter = s.all.filter;
+  const Numbers& number = s.all.number;
+  const Addresses& at = s.all.at;
+  const float lr = value(number.lr, at.lr), weight_decay = value(number.weight_decay, at.weight_decay);
+  const bool coupled = rule == kAdam || rule == kSgd, known = filter != kNone && row.grok_step != 0;
   Plan plan{};
   plan.step = static_cast<uint32_t>(step);
   plan.filtered = known ? static_cast<uint32_t>(*reinterpret_cast<const float*>(row.grok_step)) : 0;
   // The ring is filled from the first step on.
-  plan.filtering = known && (s.filter == kMa || plan.step > s.after_step);
+  plan.filtering = known && (filter == kMa || plan.step > number.after_step);
   plan.seeding = plan.filtering && plan.filtered == 0;
-  plan.factor = s.sign / value(1.0f, s.at.grad_scale) * value(1.0f, s.at.clip);
+  const float sign = number.maximize != 0 ? -1.0f : 1.0f;
+  plan.factor = sign / value(1.0, at.grad_scale) * value(1.0, at.clip);
   plan.alpha = s.alpha;
   plan.fresh = s.fresh;
   plan.l2 = coupled ? weight_decay : 0.0f;
   plan.decay = coupled ? 1.0f : 1.0f - lr * weight_decay;
-  plan.pace = adaptive ? lr / -expm1f(step * s.log_beta1) : lr;
-  plan.debias = adaptive ? rsqrtf(-expm1f(step * s.log_beta2)) : 1.0f;
+  plan.pace = s.adaptive ? lr / -expm1f(step * s.log_beta1) : lr;
+  plan.debias = s.adaptive ? rsqrtf(-expm1f(step * s.log_beta2)) : 1.0f;
   if (plan.filtering) {
-    const Blend mix = blend(row, s, plan);
+    const auto* sums = reinterpret_cast<const double*>(row.sums);
+    const Seen seen{value(number.lamb, at.lamb), plan.factor, step, plan.filtered, row.window, sums};
+    const Blend mix = blend(filter, number, seen);
     plan.gain = mix.gain;
     plan.pull = mix.pull;
-    if (s.filter == kMa) plan.slot = slot_of(row, plan.filtered);
+    if (filter == kMa) plan.slot = slot_of(row, plan.filtered);
   }
   return plan;
 }
@@ -202,7 +192,7 @@ template <int kWidth, bool kPlain>
 __device__ void move_moment(const Plan& plan, const DeviceSettings& s, const Values<kWidth, kPlain>& g,
                             Values<kWidth, kPlain>& m, Values<kWidth, kPlain>& along) {
   for (int k = 0; k < kWidth; ++k) {
-    if (s.rule == kSgd) {
+    if (s.all.rule == kSgd) {
       m.at[k] = plan.step == 1 ? g.at[k] : s.beta1 * m.at[k] + s.take1 * g.at[k];
       along.at[k] = s.nesterov ? g.at[k] + s.beta1 * m.at[k] : m.at[k];
     } else {
@@ -215,7 +205,7 @@ __device__ void move_moment(const Plan& plan, const DeviceSettings& s, const Val
 // kAdaptive: "adamw", "adam" or "atan2".
 template <int kWidth, bool kPlain, bool kAdaptive>
 __device__ void step_values(const DeviceRow& row, const Plan& plan, const DeviceSettings& s, int64_t i) {
-  const bool moment = kAdaptive || row.exp_avg != 0, output = s.rule == kMomentum || s.rule == kFilter;
+  const bool moment = kAdaptive || row.exp_avg != 0, output = s.output;
   Values<kWidth, kPlain> p, g, m, v, e;
   if (kAdaptive || !output) p.load(row.param, i, dtype_of(row, kParam));
   g.load(row.grad, i, dtype_of(row, kGrad));
@@ -230,7 +220,7 @@ __device__ void step_values(const DeviceRow& row, const Plan& plan, const Device
 
   // Rounded before it is used, so that the sum of a ring is that of its numbers.
   for (int k = 0; k < kWidth; ++k) g.at[k] = __fmul_rn(g.at[k], plan.factor);
-  if (plan.filtering && s.filter == kMa) {
+  if (plan.filtering && s.all.filter == kMa) {
     filter_by_ring(row, plan, i, first, g);
   } else if (plan.filtering) {
     filter_by_mean(row, plan, i, first, g);
@@ -243,7 +233,7 @@ __device__ void step_values(const DeviceRow& row, const Plan& plan, const Device
       v.at[k] = s.beta2 * v.at[k] + s.keep2 * x * x;
       const float vhat = sqrtf(v.at[k]) * plan.debias;
       const float update =
-          s.rule == kATan2 ? plan.pace * atan2_right(m.at[k], vhat) : plan.pace * m.at[k] / (vhat + s.eps);
+          s.all.rule == kATan2 ? plan.pace * atan2_right(m.at[k], vhat) : plan.pace * m.at[k] / (vhat + s.eps);
       p.at[k] = plan.decay * p.at[k] - update;
     }
   } else {
@@ -288,8 +278,9 @@ __device__ void count_steps(const Launch<kRows>& launch) {
     const DeviceRow& row = launch.rows[r];
     float* step = reinterpret_cast<float*>(row.step);
     *step += 1;
-    const bool filtered = launch.settings.filter != kNone && row.grok_step != 0;
-    const bool due = launch.settings.filter == kMa || *step > static_cast<float>(launch.settings.after_step);
+    const Settings& all = launch.settings.all;
+    const bool filtered = all.filter != kNone && row.grok_step != 0;
+    const bool due = all.filter == kMa || *step > static_cast<float>(all.number.after_step);
     if (filtered && due) {
       *reinterpret_cast<float*>(row.grok_step) += 1;
     }
@@ -300,7 +291,7 @@ __device__ void count_steps(const Launch<kRows>& launch) {
 template <int kRows, bool kPlain, bool kAdaptive>
 __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Launch<kRows> launch) {
   const DeviceSettings& s = launch.settings;
-  if (s.at.found_inf != nullptr && *s.at.found_inf != 0) return;
+  if (s.all.at.found_inf != nullptr && *s.all.at.found_inf != 0) return;
   __shared__ Plan plan;
   const int r = row_of_block(launch.first, launch.count);
   const DeviceRow& row = launch.rows[r];
@@ -340,49 +331,46 @@ void launch_rows(const Row* rows, int64_t count, int64_t chunk, const DeviceSett
     plain = plain && launch.rows[r].dtypes == 0;
     launch.first[r + 1] = launch.first[r] + blocks_of(rows[r].size, chunk);  // an empty tensor takes steps too
   }
-  const bool adaptive = settings.rule == kAdamW || settings.rule == kAdam || settings.rule == kATan2;
+  const bool adaptive = settings.adaptive;
   const auto kernel = plain ? (adaptive ? step_kernel<kRows, true, true> : step_kernel<kRows, true, false>)
                             : (adaptive ? step_kernel<kRows, false, true> : step_kernel<kRows, false, false>);
   kernel<<<launch.first[count], kThreads, 0, stream>>>(launch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter, double lr,
-                        double beta1, double beta2, double eps, double weight_decay, double alpha, double lamb,
-                        int64_t after_step, bool maximize, double weight_ema, double dampening, bool nesterov,
-                        bool warmup, double proj_eps, std::optional<Tensor> lr_at,
-                        std::optional<Tensor> weight_decay_at, std::optional<Tensor> lamb_at,
-                        std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
+DeviceSettings device_settings(const Settings& all) {
+  const Numbers& n = all.number;
+  const Rest rest = rest_of(all.rule);
+  DeviceSettings s;
+  s.all = all;
+  s.adaptive = rest == Rest::kDivide || rest == Rest::kAngle;
+  s.output = rest == Rest::kWrite;
+  s.nesterov = n.nesterov != 0;
+  s.log_beta1 = static_cast<float>(std::log(n.beta1));
+  s.beta1 = static_cast<float>(n.beta1);
+  s.take1 = static_cast<float>(1.0 - (all.rule == kSgd ? n.dampening : n.beta1));
+  s.beta2 = static_cast<float>(n.beta2);
+  s.log_beta2 = static_cast<float>(std::log(n.beta2));
+  s.keep2 = static_cast<float>(1.0 - n.beta2);
+  s.eps = static_cast<float>(n.eps);
+  s.alpha = static_cast<float>(n.alpha);
+  s.fresh = static_cast<float>(1.0 - n.alpha);
+  s.ema_fresh = static_cast<float>(1.0 - n.weight_ema);
+  return s;
+}
+
+void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter,
+                        std::vector<double> numbers, std::optional<Tensor> lr_at, std::optional<Tensor> weight_decay_at,
+                        std::optional<Tensor> lamb_at, std::optional<Tensor> grad_scale,
+                        std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
   STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
+  const Addresses at{address(lr_at),      address(weight_decay_at), address(lamb_at),
+                     address(grad_scale), address(found_inf),       address(clip)};
+  const DeviceSettings s = device_settings(make_settings(rule, filter, numbers, at));
   const int64_t tensors = table.size(0);
   if (tensors == 0) return;
   const int32_t device = ticket->get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  DeviceSettings s;
-  s.at = {address(lr_at),      address(weight_decay_at), address(lamb_at),
-          address(grad_scale), address(found_inf),       address(clip)};
-  s.rule = static_cast<int>(rule);
-  s.filter = static_cast<int>(filter);
-  s.lr = static_cast<float>(lr);
-  s.log_beta1 = static_cast<float>(std::log(beta1));
-  s.beta1 = static_cast<float>(beta1);
-  s.take1 = static_cast<float>(1.0 - (rule == kSgd ? dampening : beta1));
-  s.beta2 = static_cast<float>(beta2);
-  s.log_beta2 = static_cast<float>(std::log(beta2));
-  s.keep2 = static_cast<float>(1.0 - beta2);
-  s.eps = static_cast<float>(eps);
-  s.weight_decay = static_cast<float>(weight_decay);
-  s.alpha = static_cast<float>(alpha);
-  s.fresh = static_cast<float>(1.0 - alpha);
-  s.precise_alpha = alpha;
-  s.proj_eps = proj_eps;
-  s.nesterov = nesterov;
-  s.warmup = warmup;
-  s.lamb = static_cast<float>(lamb);
-  s.sign = maximize ? -1.0f : 1.0f;
-  s.ema_fresh = static_cast<float>(1.0 - weight_ema);
-  s.after_step = after_step;
-
   const Row* rows = static_cast<const Row*>(table.data_ptr());
   int64_t elements = 0;
   for (int64_t r = 0; r < tensors; ++r) elements += rows[r].size;
@@ -398,3 +386,6 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trm_fast, CUDA, m) { m.impl("adaptive_step_rows_", TORCH_BOX(&adaptive_step_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(trm_fast, CompositeExplicitAutograd, m) {
+  m.impl("_adaptive_step_cuda_knows", TORCH_BOX(&adaptive_step::known));
+}

@@ -3,6 +3,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
+
+#include "adaptive_step/settings.h"
 
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
@@ -58,6 +61,43 @@ HOST_DEVICE Blend blend_by_sums(bool projects, const double* sums, double factor
   const double new_dot = alpha * dot + fresh * square;
   if (projects) return {1.0f, static_cast<float>(mean_square > proj_eps ? lamb * new_dot / mean_square : 0.0)};
   return {static_cast<float>(new_dot > 0.5 * std::sqrt(square * mean_square) ? lamb : 1.0 / lamb), 0.0f};
+}
+
+// What a filter looks at beside its numbers, for one tensor at one step.
+struct Seen {
+  double lamb;         // that of the numbers, or read from memory
+  double factor;       // of the gradient
+  double step;         // t
+  int64_t filtered;    // steps that the filter has taken
+  int64_t window;      // slots of the ring
+  const double* sums;  // over gradient and mean
+};
+
+// What the filter multiplies the gradient by, and its mean or the sum of its ring.
+HOST_DEVICE Blend blend(Filter filter, const Numbers& number, const Seen& seen) {
+  switch (filter) {
+    case kNone:
+      return {1.0f, 0.0f};
+    case kEma:
+      return {1.0f, static_cast<float>(seen.lamb)};
+    case kHighpass:
+      return {static_cast<float>(1.0 + seen.lamb), static_cast<float>(-seen.lamb)};
+    case kProjection:
+    case kCosineGate: {
+      const double alpha = seen.filtered == 0 ? 0.0 : number.alpha;
+      return blend_by_sums(filter == kProjection, seen.sums, seen.factor, alpha, seen.lamb, number.proj_eps);
+    }
+    case kMa: {
+      const int64_t known = seen.filtered + 1 < seen.window ? seen.filtered + 1 : seen.window;
+      const bool amplified = seen.step > number.after_step && !(number.warmup != 0 && known < seen.window);
+      return {1.0f, static_cast<float>(amplified ? seen.lamb / known : 0.0)};
+    }
+  }
+#ifdef __CUDA_ARCH__
+  __trap();
+#else
+  throw std::logic_error("adaptive_step: there is no such filter");
+#endif
 }
 
 }  // namespace adaptive_step

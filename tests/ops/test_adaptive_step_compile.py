@@ -43,7 +43,8 @@ def make_for(settings: Settings, *arguments, **options) -> Item:
 
 def arguments(items: list[Item], settings: Settings, backend: str | None = None) -> tuple:
     lists = lists_of(items)
-    return (*lists, *settings.arguments(items[0]["param"].device), backend)
+    scalars = settings.arguments(items[0]["param"].device)
+    return (*lists, settings.rule, settings.filter, *scalars, backend)
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -80,7 +81,8 @@ def test_settings_survive_the_way_through_the_schema():
                              maximize=True, weight_ema=0.125, beta1=0.75, beta2=0.5, eps=0.0625,
                              weight_decay=0.375, dampening=0.625, nesterov=True, warmup=False,
                              proj_eps=0.03125)  # fmt: skip
-    assert Settings.from_arguments(*settings.arguments(torch.device("cpu"))) == settings
+    scalars = settings.arguments(torch.device("cpu"))
+    assert Settings.from_arguments(settings.rule, settings.filter, *scalars) == settings
 
 
 def test_fake_tensors_are_accepted():

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trm_fast.ops import Settings
-from trm_fast.ops._adaptive_settings import FILTERS, RULES
+from trm_fast.ops._adaptive_filters import FILTERS
+from trm_fast.ops._adaptive_settings import RULES
 
 from .adaptive_checks import Arena, assert_step, fitted, make, strides_of
 from .adaptive_truth import STATES, Item

@@ -12,6 +12,8 @@ from trm_fast.cli import COMMANDS, suggest
 if TYPE_CHECKING:
     import torch
 
+    from trm_fast._dispatch import Example
+
 HELP = COMMANDS["explain"]
 
 _ROUNDS = 21  # odd, so that the median is a time that was measured
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("op", metavar="OP", help="name of the op, as `trm-fast info` lists it")
     parser.add_argument("shape", metavar="SHAPE", help="sizes joined by x, such as 1536x512")
     parser.add_argument("dtype", metavar="DTYPE", help="float32, bfloat16, float16 or float64")
+    parser.add_argument("--call", help="one of the op's example calls; default: the first")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
 
 
@@ -30,12 +33,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints the choice, and time and error of each usable backend.
 
     Raises:
-        ValueError: the op, shape, dtype or device is unknown.
+        ValueError: the op, shape, dtype, call or device is unknown.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import torch
 
-    from trm_fast._dispatch import BACKENDS
+    from trm_fast._dispatch import BACKENDS, without
     from trm_fast.ops import OPS
 
     if args.op not in OPS:
@@ -43,20 +46,31 @@ def run(args: argparse.Namespace) -> int:
     op, shape, dtype = OPS[args.op], _shape(args.shape), _dtype(args.dtype)
     device = _device(args.device)
     dtypes = frozenset({dtype})
-    choice = op.choose(device.type, dtypes)
+    name, example = _example(op.examples(shape, dtype, device), args.call)
+    choice = op.choose(device.type, dtypes, None, example.details)
     print(f"{op.name} {args.shape} {args.dtype} on {device}: {choice.backend} runs")
-    name, example = next(iter(op.examples(shape, dtype, device).items()))
     print(f"measured on the call {name!r}, median of {_ROUNDS}, {torch.get_num_threads()} threads")
     for backend in BACKENDS:
-        reason = op.reason(backend, device.type, dtypes)
+        reason = op.reason(backend, device.type, dtypes, example.details)
         if reason:
             print(f"  {backend:10} cannot run: {reason}")
             continue
         seconds = _seconds(example.prepare(backend, None)[0], device)
         error = max(example.errors(backend).values())
         note = "  (interpreter: says nothing about speed)" if _interpreted(backend) else ""
+        note = without(op, backend) + note
         print(f"  {backend:10} {1e6 * seconds:10.1f} us, largest relative error {error:.1e}{note}")
     return 0
+
+
+def _example(examples: "dict[str, Example]", name: str | None) -> "tuple[str, Example]":
+    if name is None:
+        return next(iter(examples.items()))
+    if name not in examples:
+        raise ValueError(
+            f"explain: --call must be one of {', '.join(map(repr, examples))}; got {name!r}"
+        )
+    return name, examples[name]
 
 
 def _shape(text: str) -> tuple[int, ...]:

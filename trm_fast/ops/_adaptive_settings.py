@@ -1,31 +1,28 @@
-"""The scalars of an adaptive step; their meaning is in trm_fast/ops/adaptive_step.py."""
+"""The scalars of an adaptive step, and the names by which a fast form asks for them.
 
-from dataclasses import dataclass, field
+Their meaning is in trm_fast/ops/adaptive_step.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from math import inf
-from numbers import Real
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-RULES = ("adamw", "adam", "atan2", "sgd", "momentum", "filter")
-FILTERS = ("none", "ema", "highpass", "projection", "cosine_gate", "ma")
-REDUCING = ("projection", "cosine_gate")  # filters that look at sums over a tensor
-Scalar = float | Tensor
+from trm_fast.ops._adaptive_filters import FILTERS, FilterSettings, Scalar
 
-# The arguments of the native op, in the order of ``Settings.arguments``.
-SCHEMA = (
-    "int rule, int filter, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, float alpha, float lamb, "
-    "int after_step, bool maximize, float weight_ema, "
-    "float dampening, bool nesterov, bool warmup, float proj_eps, "
-    "Tensor? lr_at, Tensor? weight_decay_at, Tensor? lamb_at, "
-    "Tensor? grad_scale, Tensor? found_inf, Tensor? clip"
-)
+# The one list of rules.
+Rule = Literal["adamw", "adam", "atan2", "sgd", "momentum", "filter"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+Mode = tuple[str, str, tuple[str, ...]]
 
 
 @dataclass(slots=True)
-class Settings:
+class Settings(FilterSettings):
     """The scalars of one call.
 
     Args:
@@ -34,11 +31,7 @@ class Settings:
         beta2: decay of the second moment, in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decay of the weights per unit of learning rate, >= 0.
-        rule: "adamw", "adam", "atan2", "sgd", "momentum" or "filter".
-        filter: "none", "ema", "highpass", "projection", "cosine_gate" or "ma".
-        alpha: decay of the filter state mu, in [0, 1].
-        lamb: weight of the filter state, >= 0; > 0 for "cosine_gate".
-        after_step: number of first steps without filter.
+        rule: one of ``RULES``.
         maximize: whether gradients are negated.
         weight_ema: decay of the weight average, in [0, 1].
         grad_scale: what the gradients were multiplied by, a tensor of one element, or None.
@@ -46,8 +39,8 @@ class Settings:
         clip: factor of the gradients, a tensor of one element, or None.
         dampening: share of the gradient that "sgd" keeps out of its momentum, in [0, 1].
         nesterov: whether "sgd" and "momentum" look ahead.
-        warmup: whether "ma" leaves gradients alone until its window is full.
-        proj_eps: "projection" leaves a tensor alone whose ||mu||^2 is not above this, >= 0.
+        filter, alpha, lamb, after_step, warmup, proj_eps, owner: by keyword, as in
+            ``FilterSettings``.
 
     Raises:
         ValueError: a number is out of range or not finite, or a name is unknown. Tensors are not
@@ -60,10 +53,6 @@ class Settings:
     eps: float = 1e-8
     weight_decay: Scalar = 0.0
     rule: str = "adamw"
-    filter: str = "none"
-    alpha: float = 0.98
-    lamb: Scalar = 0.0
-    after_step: int = 0
     maximize: bool = False
     weight_ema: float = 0.0
     grad_scale: Tensor | None = None
@@ -71,41 +60,26 @@ class Settings:
     clip: Tensor | None = None
     dampening: float = 0.0
     nesterov: bool = False
-    warmup: bool = True
-    proj_eps: float = 1e-10
-    owner: str = "adaptive_step_"  # who speaks in an error
-    # What ``arguments`` returned last, as long as no tensor is among it.
-    _numbers: tuple[Any, ...] | None = field(default=None, init=False, compare=False, repr=False)
+    # What ``arguments`` returned last, and for what, as long as no tensor is among it.
+    _kept: tuple[Any, ...] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._require(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
-        self._require(self.filter in FILTERS, "filter", f"one of {', '.join(FILTERS)}")
-        for name in ("lr", "weight_decay", "lamb"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                self._require(value.numel() == 1, name, "a number or a tensor of one element")
-                setattr(self, name, value.reshape(()))
-            else:
-                self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
-        if self.filter == "cosine_gate":
-            gated = isinstance(self.lamb, Tensor) or self.lamb > 0
-            self._require(gated, "lamb", "> 0 for filter 'cosine_gate', which divides by it")
+        self._check_filter()
+        self._check_scalar("lr")
+        self._check_scalar("weight_decay")
         for name in ("grad_scale", "found_inf", "clip"):
             self.scale(name, getattr(self, name))
-        for name in ("eps", "proj_eps"):
-            self._require(0 <= self._number(name) < inf, name, "finite and >= 0")
-        if not isinstance(self.after_step, int):
-            raise TypeError(f"{self.owner}: after_step must be an int; got {self.after_step!r}")
-        self._require(self.after_step >= 0, "after_step", ">= 0")
+        self._require(0 <= self._number("eps") < inf, "eps", "finite and >= 0")
         for name in ("beta1", "beta2"):
             self._require(0 <= self._number(name) < 1, name, "in [0, 1)")
-        for name in ("alpha", "weight_ema", "dampening"):
+        for name in ("weight_ema", "dampening"):
             self._require(0 <= self._number(name) <= 1, name, "in [0, 1]")
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-        if name != "_numbers":
-            object.__setattr__(self, "_numbers", None)
+        if name != "_kept":
+            object.__setattr__(self, "_kept", None)
 
     def scale(self, name: str, value: Tensor | None) -> None:
         """Sets "grad_scale", "found_inf" or "clip", checked."""
@@ -118,55 +92,119 @@ class Settings:
             setattr(self, name, value.reshape(()))
 
     @property
-    def reduces(self) -> bool:
-        """Whether the step needs sums over whole tensors first."""
-        return self.filter in REDUCING
+    def mode(self) -> Mode:
+        """What a form must know to take the step: the rule, the filter, and the names of the
+        options that are not at their defaults."""
+        options = _options(self)
+        if options == _DEFAULTS:
+            return self.rule, self.filter, ()
+        changed = zip(OPTIONS, options, _DEFAULTS, strict=True)
+        return self.rule, self.filter, tuple(name for name, now, usual in changed if now != usual)
 
-    def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        if not isinstance(value, (int, float)) and not isinstance(value, Real):
-            raise TypeError(f"{self.owner}: {name} must be a number; got {value!r}")
-        return value  # type: ignore[return-value]
+    def arguments(self, device: torch.device, known: "Vocabulary | None" = None) -> tuple[Any, ...]:
+        """Returns the scalars for tensors on ``device``, without rule and filter.
 
-    def _require(self, holds: bool, name: str, required: str) -> None:
-        if not holds:
-            came = getattr(self, name)
-            raise ValueError(f"{self.owner}: {name} must be {required}; got {came!r}")
+        Args:
+            device: where the tensors are.
+            known: names the numbers that are wanted; None wants all ``NUMBERS``.
 
-    def arguments(self, device: torch.device) -> tuple[Any, ...]:
-        """Returns the scalars in the order of the schema, for tensors on ``device``."""
-        if self._numbers is not None:
-            return self._numbers
-        lr, lr_at = _split(self.lr, device)
-        weight_decay, weight_decay_at = _split(self.weight_decay, device)
-        lamb, lamb_at = _split(self.lamb, device)
-        optional = (self.grad_scale, self.found_inf, self.clip)
+        Returns:
+            A list of the numbers, in the order of their names, and six tensors or None: lr,
+            weight_decay and lamb, where the host must not know them, grad_scale, found_inf, clip.
+        """
+        kept = self._kept
+        if kept is not None and kept[0] is known:
+            return kept[1]  # type: ignore[no-any-return]
+        tensors = [None, None, None, self.grad_scale, self.found_inf, self.clip]
+        scalars: dict[str, float] = {}
+        for index, name in enumerate(("lr", "weight_decay", "lamb")):
+            scalars[name], tensors[index] = _split(getattr(self, name), device)
+        wanted = NUMBERS if known is None else known.numbers
+        numbers = [float(scalars[n] if n in scalars else getattr(self, n)) for n in wanted]
         arguments = (
-            RULES.index(self.rule), FILTERS.index(self.filter),
-            lr, self.beta1, self.beta2, self.eps, weight_decay, self.alpha, lamb,
-            self.after_step, self.maximize, self.weight_ema,
-            self.dampening, self.nesterov, self.warmup, self.proj_eps,
-            lr_at, weight_decay_at, lamb_at,
-            *(None if tensor is None else tensor.to(device, torch.float32) for tensor in optional),
-        )  # fmt: skip
-        tensors = (self.lr, self.weight_decay, self.lamb, *optional)
-        if not any(isinstance(value, Tensor) for value in tensors):
-            self._numbers = arguments if not torch.compiler.is_compiling() else None
+            numbers,
+            *[None if tensor is None else tensor.to(device, torch.float32) for tensor in tensors],
+        )
+        if not any(isinstance(getattr(self, name), Tensor) for name in _TENSORS):
+            self._kept = (known, arguments) if not torch.compiler.is_compiling() else None
         return arguments
 
     @classmethod
-    def from_arguments(cls, *arguments: Any) -> "Settings":
+    def from_arguments(
+        cls, rule: str, filter: str, numbers: Sequence[float], *tensors: Tensor | None
+    ) -> "Settings":
         """Reverses ``arguments``."""
-        rule, filter, lr, beta1, beta2, eps, weight_decay, alpha, lamb, *rest = arguments
-        after_step, maximize, weight_ema, dampening, nesterov, warmup, proj_eps, *rest = rest
-        lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip = rest
-        return cls(
-            lr if lr_at is None else lr_at, beta1, beta2, eps,
-            weight_decay if weight_decay_at is None else weight_decay_at,
-            RULES[rule], FILTERS[filter], alpha, lamb if lamb_at is None else lamb_at,
-            after_step, maximize, weight_ema, grad_scale, found_inf, clip,
-            dampening, nesterov, warmup, proj_eps,
-        )  # fmt: skip
+        values = {name: _KINDS[name](n) for name, n in zip(NUMBERS, numbers, strict=True)}
+        given = {name: t for name, t in zip(_TENSORS, tensors, strict=True) if t is not None}
+        return cls(rule=rule, filter=filter, **(values | given))
+
+
+# Scalars that may be tensors, in the order of the schema.
+_TENSORS = ("lr", "weight_decay", "lamb", "grad_scale", "found_inf", "clip")
+_NO_NUMBERS = ("rule", "filter", "owner", "grad_scale", "found_inf", "clip", "_kept")
+_FIELDS = [f for f in fields(Settings) if f.name not in _NO_NUMBERS]
+NUMBERS = tuple(f.name for f in _FIELDS)
+_KINDS = {f.name: float if f.default is MISSING else type(f.default) for f in _FIELDS}
+# Numbers that belong to some rules or filters only, so that a form may lack them.
+_EVERYWHERE = (
+    "lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "weight_ema",
+    "alpha", "lamb", "after_step",
+)  # fmt: skip
+OPTIONS = tuple(name for name in NUMBERS if name not in _EVERYWHERE)
+_DEFAULTS = tuple(f.default for f in _FIELDS if f.name in OPTIONS)
+_options = attrgetter(*OPTIONS)
+
+# The scalars of the op that the dispatcher sees, in the order of ``Settings.arguments``.
+_AT = "Tensor? lr_at, Tensor? weight_decay_at, Tensor? lamb_at, "
+_SCALES = "Tensor? grad_scale, Tensor? found_inf, Tensor? clip"
+SCHEMA = f"str rule, str filter, float[] numbers, {_AT}{_SCALES}"
+# Those of the native op: its numbers are those that the library names.
+NATIVE_SCHEMA = f"int rule, int filter, float[] numbers, {_AT}{_SCALES}"
+
+
+class Vocabulary(NamedTuple):
+    """What a fast form knows, as it says itself.
+
+    Args:
+        rules, filters: name to the number by which the form calls it.
+        numbers: names of the numbers that it reads, in its order.
+    """
+
+    rules: Mapping[str, int]
+    filters: Mapping[str, int]
+    numbers: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Vocabulary":
+        """Reads what a native library says: rules, filters and numbers, such as
+        "adamw=0 sgd=1;none=0;lr beta1"."""
+        rules, filters, numbers = (part.split() for part in text.split(";"))
+        return cls(_numbered(rules), _numbered(filters), tuple(numbers))
+
+    def lacks(self) -> tuple[str, ...]:
+        """Returns what the page has and the form has not, as "filter 'x'"."""
+        kinds = (
+            ("rule", RULES, self.rules),
+            ("filter", FILTERS, self.filters),
+            ("option", NUMBERS, self.numbers),
+        )
+        return tuple(
+            f"{kind} {name!r}" for kind, page, known in kinds for name in page if name not in known
+        )
+
+    def refuses(self, mode: Mode) -> str | None:
+        """Returns what of a mode the form does not know, or None."""
+        rule, filter, options = mode
+        if rule not in self.rules:
+            return f"rule {rule!r}"
+        if filter not in self.filters:
+            return f"filter {filter!r}"
+        return next((f"option {name!r}" for name in options if name not in self.numbers), None)
+
+
+def _numbered(entries: Sequence[str]) -> dict[str, int]:
+    pairs = (entry.split("=") for entry in entries)
+    return {name: int(number) for name, number in pairs}
 
 
 def _split(value: Scalar, device: torch.device) -> tuple[float, Tensor | None]:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trm_fast._dispatch import OPS
+from trm_fast._dispatch import OPS, Choice
 from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
 from trm_fast.ops.filter_sums import FilterSums
 
 if TYPE_CHECKING:
-    from trm_fast.ops._adaptive_settings import Settings
+    from trm_fast.ops._adaptive_settings import Mode, Settings, Vocabulary
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 STATE_STORAGE = (torch.float32, torch.bfloat16)
@@ -66,11 +66,11 @@ class AdaptiveStep:
         _check_tensors(params, grads, self.states, self.counters, grok_rings)
         self.device = params[0].device if params else torch.device("cpu")
         floating = (*params, *grads, *chain(*self.states.values()), *grok_rings)
-        dtypes = frozenset(tensor.dtype for tensor in floating)
-        self.choice = OPS["adaptive_step"].choose(self.device.type, dtypes, backend)
+        self._kinds = frozenset(tensor.dtype for tensor in floating)
         self._backend = backend
+        self.choice = self._choose(None)  # that of the last mode, once there was one
+        self._choices: dict[Mode, Choice] = {}  # of the modes that were checked
         self._filter_sums: dict[bool, FilterSums] = {}  # with means, and without
-        self._suits: set[tuple[str, str]] = set()  # pairs of rule and filter that were checked
         # Whoever exchanges the memory of states (`.data`) exchanges that of all, so one tells; the
         # memory that is not looked at each time stays valid.
         self._watched = exp_avgs or grok_exp_avgs or weight_emas or steps
@@ -114,16 +114,33 @@ class AdaptiveStep:
 
     def __call__(self, grads: Sequence[Tensor], settings: "Settings") -> None:
         """Takes one step; ``grads`` must fit, and have been measured for a filter with sums."""
-        if (settings.rule, settings.filter) not in self._suits:
-            self._check_suits(settings)
+        mode = settings.mode
+        choice = self._choices.get(mode) or self._admit(mode, settings)
+        if settings.reduces and self.states["grok_exp_avg"] and self.sums is None:
+            _require(False, "sums", "measured before the step", None)
         self._grads_contiguous = all(map(Tensor.is_contiguous, grads))
         if not self._grads_contiguous:
             for index, grad in enumerate(grads):
                 _check_dense(f"grads[{index}]", grad)
         if self.params:
-            self.choice.run(self, grads, settings)
+            choice.run(self, grads, settings)
 
-    def _check_suits(self, settings: "Settings") -> None:
+    def admit(self, settings: "Settings") -> None:
+        """Raises if no implementation can take a step with this rule, filter and options, or the
+        named one cannot, or the states are not theirs; a step raises the same."""
+        mode = settings.mode
+        if mode not in self._choices:
+            self._admit(mode, settings)
+
+    def _admit(self, mode: "Mode", settings: "Settings") -> Choice:
+        self._check_states(settings)
+        self.choice = self._choices[mode] = self._choose(mode)
+        return self.choice
+
+    def _choose(self, mode: "Mode | None") -> Choice:
+        return OPS["adaptive_step"].choose(self.device.type, self._kinds, self._backend, mode)
+
+    def _check_states(self, settings: "Settings") -> None:
         """Raises where the rule or the filter lacks a state, or has one that it does not know."""
         adaptive = settings.rule in ("adamw", "adam", "atan2")
         held = {name for name, tensors in self.states.items() if tensors}
@@ -142,12 +159,13 @@ class AdaptiveStep:
                 bool(self.rings) == (settings.filter == "ma"),
                 "grok_ring", "given for filter 'ma' and for no other", settings.filter,
             )  # fmt: skip
-        if settings.reduces and self.states["grok_exp_avg"] and self.sums is None:
-            _require(False, "sums", "measured before the step", None)
-        self._suits.add((settings.rule, settings.filter))
 
     def run_on_rows(
-        self, kernel: Callable[..., None], grads: Sequence[Tensor], settings: "Settings"
+        self,
+        kernel: Callable[..., None],
+        known: "Vocabulary",
+        grads: Sequence[Tensor],
+        settings: "Settings",
     ) -> None:
         """Calls a kernel that walks memory by address; other orders of memory go through copies."""
         table = self._table = self._table or self._make_table()
@@ -157,7 +175,11 @@ class AdaptiveStep:
         copies = {i: self.params[i].contiguous() for i in self._scattered}
         for i, copy in copies.items():
             table.columns[_PARAM, i] = copy.data_ptr()
-        kernel(table.rows, _ticket(self.device), *settings.arguments(self.device))
+        kernel(
+            table.rows, _ticket(self.device),
+            known.rules[settings.rule], known.filters[settings.filter],
+            *settings.arguments(self.device, known),
+        )  # fmt: skip
         for i, copy in copies.items():
             self.params[i].copy_(copy)
         # Only what a graph is likely to hold: each bump costs as much as reading a pointer.

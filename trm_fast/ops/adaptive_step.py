@@ -3,7 +3,7 @@
 For each tensor, at its own step t = 1, 2, ...:
 
     g     <- grad / grad_scale * clip                       negated with maximize
-    ghat  <- filter(g), see below                           g without filter, or for t <= after_step
+    ghat  <- filter(g)                                      g without filter, or for t <= after_step
     ghat  <- ghat + weight_decay * param                    rules "adam" and "sgd"
     param <- param * (1 - lr * weight_decay)                rules "adamw" and "atan2"
     m     <- m + (1 - beta1) * (ghat - m)                   every rule but "sgd" and "filter"
@@ -22,24 +22,7 @@ For each tensor, at its own step t = 1, 2, ...:
 With nesterov, "sgd" descends along ghat + beta1 * m, and "momentum" gives
 ghat + beta1 * (m - ghat). "sgd" without m descends along ghat.
 
-The filters, with mu <- g at the first filtered step, later mu <- alpha * mu + (1 - alpha) * g:
-
-    "ema"          ghat <- g + lamb * mu                            GrokFast
-    "highpass"     ghat <- g + lamb * (g - mu)                      its opposite
-    "projection"   ghat <- g + lamb * (g.mu / ||mu||^2) * mu        g where ||mu||^2 <= proj_eps
-    "cosine_gate"  ghat <- lamb * g if cos(g, mu) > 1/2 else g / lamb
-    "ma"           ghat <- g + lamb * (mean of the last w gradients, this one included)
-
-g.mu, ||mu||^2 and cos are taken over the whole tensor (for parts of a sharded one: over all parts)
-from the sums of trm_fast/ops/filter_sums.py. "ma" costs the same whatever w is: a ring of the last
-w gradients and their running sum S, with k the number of filtered steps before this one,
-
-    S <- S + g - ring[k mod w];  ring[k mod w] <- g;  mean <- S / min(k + 1, w)
-
-The rounding of S would drift, so elements i of chunk c = i // 1024 in memory sum their ring anew,
-oldest to newest, whenever (k + 1 + c) mod 2w = 0: once in 2w steps, never all at once. With warmup
-"ma" gives g until the ring is full; after_step withholds its amplification, not its memory.
-
+The filters and their states, mu or a sum S, are in trm_fast/ops/_adaptive_filters.py.
 m, v, mu (or S) and e are called exp_avg, exp_avg_sq, grok_exp_avg and weight_ema. If ``found_inf``
 is not zero, nothing changes at all. Gradients are only read. Arithmetic is float32, or float64 for
 float64 parameters, whatever the storage.
@@ -64,19 +47,19 @@ C. Wellons' hash-prospector.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op
-from trm_fast.ops._adaptive_settings import SCHEMA, Settings
+from trm_fast._dispatch import Call, Example, Op
+from trm_fast.ops._adaptive_filters import FILTERS, exponential_average, moving_average
+from trm_fast.ops._adaptive_settings import NATIVE_SCHEMA, RULES, SCHEMA, Settings, Vocabulary
 from trm_fast.ops._adaptive_tensors import AdaptiveStep
-from trm_fast.ops._tensors import is_dense
+from trm_fast.ops._stochastic_rounding import write
 from trm_fast.ops.filter_sums import sums_of
-
-CHUNK = 1024  # elements of a ring that are summed anew together; a block of every fast form
 
 
 def adaptive_step_(
@@ -129,7 +112,8 @@ def adaptive_step_(
         return
     if torch.compiler.is_compiling():
         device = params[0].device
-        torch.ops.trm_fast.adaptive_step_(*map(list, lists), *settings.arguments(device), backend)
+        modes, scalars = (settings.rule, settings.filter), settings.arguments(device)
+        torch.ops.trm_fast.adaptive_step_(*map(list, lists), *modes, *scalars, backend)
         return
     with torch.no_grad():
         step = AdaptiveStep(*lists, backend=backend)
@@ -147,7 +131,10 @@ _native.LIBRARY.define(
     f"Tensor(h!)[] grok_rings, {SCHEMA}, str? backend) -> ()"
 )
 # What native code implements: passing addresses costs a tenth of passing lists of tensors.
-_native.LIBRARY.define(f"adaptive_step_rows_(Tensor table, Tensor? ticket, {SCHEMA}) -> ()")
+_native.LIBRARY.define(f"adaptive_step_rows_(Tensor table, Tensor? ticket, {NATIVE_SCHEMA}) -> ()")
+# What a library knows, in words that ``Vocabulary.parse`` reads.
+_native.LIBRARY.define("_adaptive_step_cpp_knows() -> str")
+_native.LIBRARY.define("_adaptive_step_cuda_knows() -> str")
 
 
 def _from_dispatcher(*arguments: Any) -> None:
@@ -202,9 +189,9 @@ def _step_one(
     g = grad.to(real) * factor
     if grok_exp_avg is not None and grok_step is not None:
         if s.filter == "ma" and ring is not None:
-            g = _moving_average(s, g, grok_exp_avg, grok_step, ring, t, lamb, keep)
+            g = moving_average(s, g, grok_exp_avg, grok_step, ring, t, lamb, keep)
         elif s.filter not in ("none", "ma"):
-            g = _exponential_average(s, g, grok_exp_avg, grok_step, sums, factor, t, lamb, keep)
+            g = exponential_average(s, g, grok_exp_avg, grok_step, sums, factor, t, lamb, keep)
 
     if s.rule in ("adam", "sgd"):
         g = g + weight_decay * p
@@ -217,20 +204,22 @@ def _step_one(
         p = g + s.beta1 * (m - g) if s.nesterov else m
     elif s.rule == "sgd":
         p = p - lr * (g + s.beta1 * m if s.nesterov and exp_avg is not None else m)
-    elif exp_avg_sq is not None:
+    elif s.rule in ("adamw", "adam", "atan2") and exp_avg_sq is not None:
         v = s.beta2 * exp_avg_sq.to(real) + (1 - s.beta2) * g * g
         vhat = v.sqrt() * (1 / (1 - s.beta2**t).sqrt())
         pace = lr / (1 - s.beta1**t)
         p = p - (pace * torch.atan2(m, vhat) if s.rule == "atan2" else pace * m / (vhat + s.eps))
-        _write(exp_avg_sq, v, keep, bits=(t, 1, 0))
+        write(exp_avg_sq, v, keep, bits=(t, 1, 0))
+    else:
+        raise ValueError(f"adaptive_step_: the reference has no rule {s.rule!r}")
 
     if weight_ema is not None:
         e = torch.where(t == 1, param.to(real), weight_ema.to(real))
-        _write(weight_ema, e + (1 - s.weight_ema) * (p - e), keep, bits=(t, 1, 16))
+        write(weight_ema, e + (1 - s.weight_ema) * (p - e), keep, bits=(t, 1, 16))
     if exp_avg is not None:
-        _write(exp_avg, m, keep, bits=(t, 0, 0))
-    _write(param, p, keep)
-    _write(step, t, keep)
+        write(exp_avg, m, keep, bits=(t, 0, 0))
+    write(param, p, keep)
+    write(step, t, keep)
 
 
 def _first_moment(s: Settings, g: Tensor, m: Tensor, t: Tensor) -> Tensor:
@@ -239,176 +228,66 @@ def _first_moment(s: Settings, g: Tensor, m: Tensor, t: Tensor) -> Tensor:
     return m + (1 - s.beta1) * (g - m)
 
 
-def _exponential_average(
-    s: Settings,
-    g: Tensor,
-    grok_exp_avg: Tensor,
-    grok_step: Tensor,
-    sums: Tensor | None,
-    factor: float | Tensor,
-    t: Tensor,
-    lamb: float | Tensor,
-    keep: Tensor | None,
-) -> Tensor:
-    """Moves mu on and returns the filtered gradient."""
-    active, seeding = t > s.after_step, grok_step == 0
-    old = grok_exp_avg.to(g.dtype)
-    mu = torch.where(seeding, g, s.alpha * old + (1 - s.alpha) * g)
-    if s.filter == "ema":
-        filtered = g + lamb * mu
-    elif s.filter == "highpass":
-        filtered = g + lamb * (g - mu)
-    elif sums is not None:
-        gain, pull = _gain_and_pull(s, sums, factor, seeding, lamb)
-        filtered = gain * g + pull * mu
-    _write(grok_exp_avg, torch.where(active, mu, old), keep, bits=(t, 0, 16))
-    _write(grok_step, torch.where(active, grok_step + 1, grok_step), keep)
-    return torch.where(active, filtered, g)
+@cache
+def _vocabulary(backend: str) -> Vocabulary:
+    """Returns what a fast form that runs at all knows."""
+    if backend == "triton":
+        from trm_fast.kernels import adaptive_step as kernels
+
+        modes = (kernels.RULES, kernels.FILTERS)
+        rules, filters = ({name: i for i, name in enumerate(names)} for names in modes)
+        return Vocabulary(rules, filters, kernels.Numbers._fields)
+    return Vocabulary.parse(getattr(torch.ops.trm_fast, f"_adaptive_step_{backend}_knows")())
 
 
-def _gain_and_pull(
-    s: Settings, sums: Tensor, factor: float | Tensor, seeding: Tensor, lamb: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns what the gradient and mu are multiplied by, from the sums over the whole tensor."""
-    # Of the gradient as it is and of mu before this step; both change below.
-    dot, square, mean_square = sums.unbind(-1)
-    dot, square = dot * factor, square * factor * factor
-    # Not torch.where(..., number, number), which is float32 however exact the sums are.
-    keep = s.alpha * (~seeding).to(sums.dtype)
-    fresh = 1 - keep
-    mean_square = keep**2 * mean_square + 2 * keep * fresh * dot + fresh**2 * square
-    dot = keep * dot + fresh * square
-    if s.filter == "projection":
-        pull = torch.where(mean_square > s.proj_eps, lamb * dot / mean_square, 0.0)
-        return torch.ones_like(pull), pull
-    aligned = (dot > 0.5 * (square * mean_square).sqrt()).to(sums.dtype)
-    return aligned * lamb + (1 - aligned) / lamb, torch.zeros_like(dot)
+def _on_cpp(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
+    kernel = torch.ops.trm_fast.adaptive_step_rows_.default
+    step.run_on_rows(kernel, _vocabulary("cpp"), grads, settings)
 
 
-def _moving_average(
-    s: Settings,
-    g: Tensor,
-    grok_sum: Tensor,
-    grok_step: Tensor,
-    ring: Tensor,
-    t: Tensor,
-    lamb: float | Tensor,
-    keep: Tensor | None,
-) -> Tensor:
-    """Moves the ring and its sum on and returns the filtered gradient."""
-    window, slot = ring.shape[0], grok_step.long() % ring.shape[0]
-    known = torch.clamp(grok_step + 1, max=window)
-    fresh = g
-    if ring.dtype == torch.bfloat16:
-        fresh = _round_stochastically(g.float(), _random_words(grok_sum, t, 0) >> 16).to(g.dtype)
-    held = ring.index_select(0, slot.view(1))[0]
-    replaced = torch.where(grok_step < window, 0.0, held.to(g.dtype))
-    total = torch.where(grok_step == 0, 0.0, grok_sum.to(g.dtype)) + (fresh - replaced)
-    written = fresh.to(ring.dtype) if keep is None else torch.where(keep, fresh, held)
-    ring.index_copy_(0, slot.view(1), written.to(ring.dtype)[None])
-    if total.numel():
-        total = _summed_anew(total, ring, grok_sum, grok_step)
-
-    amplified = t > s.after_step
-    if s.warmup:
-        amplified = amplified & (known == window)
-    _write(grok_sum, total, keep)
-    _write(grok_step, grok_step + 1, keep)
-    return torch.where(amplified, g + lamb * (total / known.to(g.dtype)), g)
+def _on_cuda(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
+    kernel = torch.ops.trm_fast.adaptive_step_rows_.default
+    step.run_on_rows(kernel, _vocabulary("cuda"), grads, settings)
 
 
-def _summed_anew(total: Tensor, ring: Tensor, grok_sum: Tensor, grok_step: Tensor) -> Tensor:
-    """Returns ``total`` with the chunks whose turn it is replaced by the sum of their ring."""
-    window, size, k = ring.shape[0], total.numel(), grok_step.long()
-    # Its turn depends on a tensor, so as many chunks are looked at as can ever be due at once.
-    period = 2 * window
-    most = -(-size // (CHUNK * period))
-    first = (-(k + 1)) % period
-    index = (first + period * torch.arange(most, device=ring.device)) * CHUNK
-    index = (index[:, None] + torch.arange(CHUNK, device=ring.device)).flatten()
-    ages = torch.arange(window, device=ring.device)
-    # Oldest first; slots that hold no gradient yet would come before them.
-    columns = ring.as_strided((window, size), (size, 1))[:, index.clamp(max=size - 1)]
-    columns = columns[(k + 1 + ages) % window].to(total.dtype)
-    sums = torch.zeros_like(columns[0])
-    for age, column in enumerate(columns):
-        sums = sums + torch.where(age >= window - 1 - k, column, 0.0)
-
-    in_memory_order = torch.empty_strided(
-        grok_sum.shape, grok_sum.stride(), dtype=total.dtype, device=total.device
-    ).copy_(total)
-    flat = in_memory_order.as_strided((size,), (1,))
-    # What lies behind the end is written to one place behind it.
-    longer = torch.cat([flat, flat[:1]])
-    longer = longer.index_copy(0, index.clamp(max=size), sums)
-    return longer[:size].as_strided(grok_sum.shape, grok_sum.stride())
-
-
-def _write(
-    target: Tensor, value: Tensor, keep: Tensor | None, bits: tuple[Tensor, int, int] | None = None
-) -> None:
-    """Stores ``value`` where ``keep`` holds; ``bits`` is (t, lane, shift) of its random bits."""
-    if bits is not None and target.dtype == torch.bfloat16:
-        value = _round_stochastically(
-            value.float(), _random_words(target, bits[0], bits[1]) >> bits[2]
-        )
-    value = value.to(target.dtype)
-    target.copy_(value if keep is None else torch.where(keep, value, target))
-
-
-_MASK = 0xFFFFFFFF
-
-
-def _random_words(target: Tensor, t: Tensor, lane: int) -> Tensor:
-    """Returns 32 random bits, as int64, for each element of ``target`` in its memory order."""
-    index = torch.arange(target.numel(), device=target.device)
-    dense = is_dense(target) and target.numel() > 0
-    index = index.as_strided(target.shape, target.stride()) if dense else index.view(target.shape)
-    key = _mix((t.long() + 0x9E3779B9 * (2 * (index >> 32) + lane)) & _MASK)
-    return _mix(key ^ (index & _MASK))
-
-
-def _mix(h: Tensor) -> Tensor:
-    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK
-    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK
-    return h ^ (h >> 16)
-
-
-def _round_stochastically(value: Tensor, words: Tensor) -> Tensor:
-    rounded = ((value.view(torch.int32) & _MASK) + (words & 0xFFFF)) >> 16
-    signed = ((rounded & 0xFFFF) ^ 0x8000) - 0x8000
-    return torch.where(value.isnan(), value.bfloat16(), signed.to(torch.int16).view(torch.bfloat16))
-
-
-def _on_rows(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
-    step.run_on_rows(torch.ops.trm_fast.adaptive_step_rows_.default, grads, settings)
-
-
-def _on_triton_rows(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
+def _on_triton(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:
     from trm_fast.kernels.adaptive_step import adaptive_step_rows_
 
-    step.run_on_rows(adaptive_step_rows_, grads, settings)
+    step.run_on_rows(adaptive_step_rows_, _vocabulary("triton"), grads, settings)
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend != "reference" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend == "reference":
+        return None
+    if torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
-    return None
+    unknown = None if call.details is None else _vocabulary(backend).refuses(call.details)
+    return unknown and f"{backend} does not know {unknown}, which runs on the reference"
+
+
+def _lacks(backend: str) -> tuple[str, ...]:
+    return () if backend == "reference" else _vocabulary(backend).lacks()
+
+
+# What the filters need beside their defaults to show what they do.
+_SHOWN = {"highpass": {"lamb": 0.1}, "ma": {"lamb": 5.0}}
 
 
 def _examples(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Example]:
-    cases = {
-        "adamw, ema": Settings(1e-3, weight_decay=0.1, filter="ema", lamb=2.0, weight_ema=0.9),
-        "adam, highpass": Settings(
-            1e-3, weight_decay=0.1, rule="adam", filter="highpass", lamb=0.1
-        ),
+    rules = [Settings(1e-3, weight_decay=0.1, rule=rule, filter="ema", lamb=2.0) for rule in RULES]
+    filters = [
+        Settings(1e-3, filter=name, **{"lamb": 2.0} | _SHOWN.get(name, {})) for name in FILTERS
+    ]
+    more = {
+        "adamw, ema, weight average": Settings(1e-3, filter="ema", lamb=2.0, weight_ema=0.9),
         "atan2, ema, maximize": Settings(1e-3, rule="atan2", filter="ema", lamb=2.0, maximize=True),
-        "adamw, projection": Settings(1e-3, filter="projection", lamb=2.0),
-        "sgd, cosine_gate": Settings(1e-3, rule="sgd", filter="cosine_gate", lamb=2.0),
-        "momentum, ma": Settings(1e-3, rule="momentum", filter="ma", lamb=5.0, nesterov=True),
+        "momentum, ma, nesterov": Settings(
+            1e-3, rule="momentum", filter="ma", lamb=5.0, nesterov=True
+        ),
     }
+    cases = {f"{s.rule}, {s.filter}": s for s in (*rules, *filters)} | more
     return {name: _example(settings, shape, dtype, device) for name, settings in cases.items()}
 
 
@@ -449,26 +328,31 @@ def _example(
     # its largest value; a parameter is stored once more in its own dtype.
     eps = torch.finfo(state).eps
     tolerance = dict.fromkeys(names, 32 * eps) | {"param": 32 * eps + torch.finfo(dtype).eps}
-    return Example(prepare, tolerance)
+    return Example(prepare, tolerance, settings.mode)
 
 
 _STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 
 
 def _state_names(settings: Settings) -> tuple[str, ...]:
-    plain = settings.rule in ("sgd", "momentum")
-    names = [name for name in _STATES if not plain or name in ("exp_avg", "grok_exp_avg")]
-    return (*names, "grok_ring") if settings.filter == "ma" else tuple(names)
+    of_rules = {"sgd": ("exp_avg",), "momentum": ("exp_avg",), "filter": ()}
+    names = of_rules.get(settings.rule, ("exp_avg", "exp_avg_sq", "weight_ema"))
+    return (
+        (*names, "grok_exp_avg", "grok_ring")
+        if settings.filter == "ma"
+        else (*names, "grok_exp_avg")
+    )
 
 
 _op = Op(
     name="adaptive_step",
     implementations={
         "reference": _reference,
-        "cpp": _on_rows,
-        "cuda": _on_rows,
-        "triton": _on_triton_rows,
+        "cpp": _on_cpp,
+        "cuda": _on_cuda,
+        "triton": _on_triton,
     },
     refuses=_refuses,
     examples=_examples,
+    lacks=_lacks,
 )

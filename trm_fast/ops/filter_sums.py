@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op
+from trm_fast._dispatch import Call, Example, Op
 from trm_fast.ops._tensors import in_order_of, is_dense
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
@@ -192,8 +192,8 @@ def _on_triton_rows(call: FilterSums, grads: Sequence[Tensor]) -> None:
     call.run_on_rows(filter_sums_rows_, grads)
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend != "reference" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend != "reference" and torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
     return None
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._latent_arguments import (
@@ -115,10 +115,10 @@ def latent_update(
     check_counts(counts)
     x = activation(x)
     y, z = y.to(x.dtype), z.to(x.dtype)
-    obstacles = _obstacles(x, weights, network)
     if torch.compiler.is_compiling() and x.device.type != "cpu" and named_backend() is None:
         backend = backend or "reference"  # which the compiler fuses; on a CPU it cannot do as well
-    choice = _op.choose(x.device.type, frozenset({x.dtype}), backend, obstacles)
+    sizes = _unsuited_sizes(x, weights, network)
+    choice = _op.choose(x.device.type, frozenset({x.dtype}), backend, sizes)
     with without_autocast(x):
         out: tuple[Tensor, Tensor] = choice.run(x, y, z, list(weights), network, counts, recompute)
     return out
@@ -323,27 +323,26 @@ class _Fused(torch.autograd.Function):
         return dx, *starts, None, None, None, *dweights
 
 
-def _obstacles(
-    x: Tensor, weights: Sequence[Tensor], network: Network
-) -> tuple[tuple[str, str], ...]:
-    """What the C++ form cannot do, for the sizes of a call."""
+def _unsuited_sizes(x: Tensor, weights: Sequence[Tensor], network: Network) -> str | None:
+    """Returns why the C++ form cannot run these sizes, or None; in words, because sizes that the
+    compiler does not know cannot be the details of a call."""
     first, *others = layers_of(weights)
     width, inner = x.shape[2], first.down.shape[1]
     if width % 32 or inner % 32:
-        return (("cpp", f"needs width and inner in multiples of 32; got {width} and {inner}"),)
+        return f"needs width and inner in multiples of 32; got {width} and {inner}"
     if any(layer.shapes != first.shapes for layer in others):
-        return (("cpp", "needs weights of the same shapes in all layers"),)
+        return "needs weights of the same shapes in all layers"
     if network.mixer == "mlp_t":
         mix_inner = first.mix_out.shape[1]
         if mix_inner % 2 == 0 and mix_inner:
-            return ()
-        return (("cpp", f"needs an even inner width of the token mixer; got {mix_inner}"),)
+            return None
+        return f"needs an even inner width of the token mixer; got {mix_inner}"
     dim = width // network.heads
-    return (("cpp", f"needs a head dim in multiples of 16; got {dim}"),) if dim % 16 else ()
+    return f"needs a head dim in multiples of 16; got {dim}" if dim % 16 else None
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    (dtype,) = dtypes
+def _refuses(backend: str, call: Call) -> str | None:
+    (dtype,) = call.dtypes
     if backend == "triton" and dtype == torch.float64:
         return "computes in float32; got float64, which runs on the reference"
     if backend != "cpp":
@@ -354,7 +353,8 @@ def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
     if not torch.ops.trm_fast.latent_update_cpu_ready(dtype == torch.bfloat16):
         wanted = "AVX512-BF16" if dtype == torch.bfloat16 else "AVX-512"
         return f"needs a CPU with {wanted}"
-    return None
+    unsuited_sizes: str | None = call.details
+    return unsuited_sizes
 
 
 _native.LIBRARY.define(

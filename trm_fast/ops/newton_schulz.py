@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op
+from trm_fast._dispatch import Call, Example, Op
 from trm_fast.ops._newton_schulz_forms import METHODS, form_of, has_amx
 from trm_fast.ops._newton_schulz_sets import Triple, restarts_of, triples_of
 from trm_fast.ops._tensors import overlap
@@ -294,13 +294,13 @@ def _copy_back(matrices: Sequence[Tensor], places: Sequence[Tensor]) -> None:
             matrix.copy_(place)
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
+def _refuses(backend: str, call: Call) -> str | None:
     if backend == "reference":
         return None
-    if torch.float64 in dtypes:
+    if torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
-    if backend == "cpp" and dtypes != {torch.bfloat16}:
-        return f"multiplies in bfloat16 only; got {', '.join(sorted(map(str, dtypes)))}"
+    if backend == "cpp" and call.dtypes != {torch.bfloat16}:
+        return f"multiplies in bfloat16 only; got {', '.join(sorted(map(str, call.dtypes)))}"
     if backend == "cpp" and not torch.ops.trm_fast.newton_schulz_cpu_ready():
         return "needs a CPU with AVX512-BF16"
     return None

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -264,10 +264,10 @@ _NATIVE = _Kernels(
 )
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend != "reference" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend != "reference" and torch.float64 in call.dtypes:
         return "computes in float32; got float64, which runs on the reference"
-    if backend == "cpp" and torch.float16 in dtypes:
+    if backend == "cpp" and torch.float16 in call.dtypes:
         return "runs float32 and bfloat16; got float16, which runs on the reference"
     return None
 

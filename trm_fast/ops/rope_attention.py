@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_logits import max_logits
 from trm_fast.ops._attention_tables import rotary_tables, visible_pairs
 from trm_fast.ops._autocast import activation, without_autocast
@@ -321,8 +321,8 @@ def _triton(
     return _attend(q, k, v, causal, window, padding, scale, want_logit)
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend == "triton" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend == "triton" and torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
     return None
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -274,8 +274,8 @@ def _triton(logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) 
     return _fused(logits, labels, ignore_index, stablemax, (forward, backward))
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend != "reference" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend != "reference" and torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
     return None
 

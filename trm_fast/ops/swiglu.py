@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -165,8 +165,8 @@ class _Network(torch.autograd.Function):
             )
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend != "reference" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend != "reference" and torch.float64 in call.dtypes:
         return "adds up in float32; got float64, which runs on the reference"
     return None
 

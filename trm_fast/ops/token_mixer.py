@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,8 +108,8 @@ def _for_each(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    if backend == "triton" and torch.float64 in dtypes:
+def _refuses(backend: str, call: Call) -> str | None:
+    if backend == "triton" and torch.float64 in call.dtypes:
         return "runs float32, bfloat16 and float16; got float64, which runs on the reference"
     return None
 

@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, layer_norm, linear
 
 from trm_fast import _native
-from trm_fast._dispatch import Example, Op, named_backend
+from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._recurse import recurse
 from trm_fast.ops._recursion_inputs import draw
@@ -184,7 +184,7 @@ def _choose(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     if torch.compiler.is_compiling() and device_type != "cpu" and named_backend() is None:
         backend = backend or "reference"  # which the compiler fuses; on a CPU it cannot do as well
-    return _op.choose(device_type, frozenset({dtype}), backend, _obstacles(hidden)).run
+    return _op.choose(device_type, frozenset({dtype}), backend, hidden).run
 
 
 def _check_states(x: Tensor, y: Tensor, z: Tensor) -> None:
@@ -372,21 +372,14 @@ class _Fused(torch.autograd.Function):
         return dx, *starts, None, None, *gradients
 
 
-def _obstacles(hidden: int) -> tuple[tuple[str, str], ...]:
-    """What the fast forms cannot do, for the size of a call."""
-    found = []
-    if hidden % 32 or hidden > LARGEST_CPP:
-        found.append(("cpp", f"needs hidden in multiples of 32 up to {LARGEST_CPP}; got {hidden}"))
-    if hidden < 16 or hidden & (hidden - 1) or hidden > LARGEST_TRITON:
-        powers = f"a power of two from 16 to {LARGEST_TRITON}"
-        found.append(("triton", f"needs hidden to be {powers}; got {hidden}"))
-    return tuple(found)
-
-
-def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
-    (dtype,) = dtypes
-    if backend == "triton" and dtype == torch.float64:
-        return "computes in float32; got float64, which runs on the reference"
+def _refuses(backend: str, call: Call) -> str | None:
+    (dtype,), hidden = call.dtypes, call.details
+    if backend == "triton":
+        if dtype == torch.float64:
+            return "computes in float32; got float64, which runs on the reference"
+        if hidden is not None and (hidden < 16 or hidden & (hidden - 1) or hidden > LARGEST_TRITON):
+            powers = f"a power of two from 16 to {LARGEST_TRITON}"
+            return f"needs hidden to be {powers}; got {hidden}"
     if backend != "cpp":
         return None
     if dtype not in (torch.float32, torch.bfloat16):
@@ -394,6 +387,8 @@ def _refuses(backend: str, dtypes: frozenset[torch.dtype]) -> str | None:
     if not torch.ops.trm_fast.vector_latent_update_cpu_ready(dtype == torch.bfloat16):
         wanted = "AVX512-BF16" if dtype == torch.bfloat16 else "AVX-512"
         return f"needs a CPU with {wanted}"
+    if hidden is not None and (hidden % 32 or hidden > LARGEST_CPP):
+        return f"needs hidden in multiples of 32 up to {LARGEST_CPP}; got {hidden}"
     return None
 
 
