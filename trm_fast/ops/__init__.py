@@ -1,7 +1,8 @@
 """The ops: one page each, with formula, checks, reference and implementations."""
 
 from trm_fast._dispatch import OPS, backends
-from trm_fast.ops._adaptive_settings import Settings
+from trm_fast.ops._adaptive_filters import FILTERS, Filter
+from trm_fast.ops._adaptive_settings import RULES, Settings
 from trm_fast.ops._adaptive_tensors import AdaptiveStep
 from trm_fast.ops._latent_arguments import Network
 from trm_fast.ops.adaptive_step import adaptive_step_
@@ -16,8 +17,11 @@ from trm_fast.ops.token_mixer import token_mixer
 from trm_fast.ops.vector_latent_update import vector_latent_update
 
 __all__ = [
+    "FILTERS",
     "OPS",
+    "RULES",
     "AdaptiveStep",
+    "Filter",
     "FilterSums",
     "Network",
     "Settings",

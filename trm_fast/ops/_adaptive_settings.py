@@ -134,9 +134,10 @@ class Settings(FilterSettings):
         cls, rule: str, filter: str, numbers: Sequence[float], *tensors: Tensor | None
     ) -> "Settings":
         """Reverses ``arguments``."""
-        values = {name: _KINDS[name](n) for name, n in zip(NUMBERS, numbers, strict=True)}
-        given = {name: t for name, t in zip(_TENSORS, tensors, strict=True) if t is not None}
-        return cls(rule=rule, filter=filter, **(values | given))
+        pairs = zip(NUMBERS, numbers, strict=True)
+        values: dict[str, Any] = {name: _KINDS[name](number) for name, number in pairs}
+        values |= {name: t for name, t in zip(_TENSORS, tensors, strict=True) if t is not None}
+        return cls(rule=rule, filter=filter, **values)
 
 
 # Scalars that may be tensors, in the order of the schema.

@@ -270,7 +270,7 @@ def _lacks(backend: str) -> tuple[str, ...]:
 
 
 # What the filters need beside their defaults to show what they do.
-_SHOWN = {"highpass": {"lamb": 0.1}, "ma": {"lamb": 5.0}}
+_SHOWN: dict[str, dict[str, Any]] = {"highpass": {"lamb": 0.1}, "ma": {"lamb": 5.0}}
 
 
 def _examples(
@@ -278,7 +278,7 @@ def _examples(
 ) -> dict[str, Example]:
     rules = [Settings(1e-3, weight_decay=0.1, rule=rule, filter="ema", lamb=2.0) for rule in RULES]
     filters = [
-        Settings(1e-3, filter=name, **{"lamb": 2.0} | _SHOWN.get(name, {})) for name in FILTERS
+        Settings(1e-3, filter=name, **({"lamb": 2.0} | _SHOWN.get(name, {}))) for name in FILTERS
     ]
     more = {
         "adamw, ema, weight average": Settings(1e-3, filter="ema", lamb=2.0, weight_ema=0.9),

@@ -9,6 +9,7 @@ from trm_fast.optim.groups import component_groups, describe, split_params
 from trm_fast.optim.interop import from_lucidrains, load_official_ema
 from trm_fast.optim.mugrokfast import PRESETS, MuGrokfast
 from trm_fast.optim.muon import Muon
+from trm_fast.optim.options import FilterOptions, StepOptions
 from trm_fast.optim.qk_clip import QKClip, QKRows
 from trm_fast.optim.schedules import (
     OptionSchedule,
@@ -23,6 +24,7 @@ from trm_fast.optim.weight_ema import WeightEMA
 __all__ = [
     "PRESETS",
     "AdamATan2",
+    "FilterOptions",
     "GradFilter",
     "GrokFastAdamW",
     "GrokFastSGD",
@@ -33,6 +35,7 @@ __all__ = [
     "QKRows",
     "Schedule",
     "SparseSignSGD",
+    "StepOptions",
     "WeightEMA",
     "component_groups",
     "describe",

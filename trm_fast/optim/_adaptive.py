@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from trm_fast._dispatch import check_name
-from trm_fast.ops import Settings
+from trm_fast.ops import FILTERS, Settings
 from trm_fast.optim._group_step import CompiledStep, FilterStatistics, GroupStep, statistics_of
 from trm_fast.optim._plan import Keys, Plan, is_plain, local_grad, parts
 from trm_fast.optim._states import (
@@ -27,8 +27,7 @@ from trm_fast.optim._states import (
     remember_loaded,
     suited,
 )
-
-FILTERS = ("ema", "ma", "highpass", "projection", "cosine_gate", None)
+from trm_fast.optim.options import FILTER_OPTIONS
 
 _MEAN = {"grok_exp_avg": "grok_exp_avg", "grok_step": "grok_step"}
 _WINDOW = {"grok_exp_avg": SUM, "grok_step": "grok_step", "grok_ring": RING}
@@ -49,9 +48,8 @@ class AdaptiveOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``.
-        defaults: options of the groups; "filter", "alpha", "lamb", "after_step", "window",
-            "warmup", "proj_eps", "weight_ema", "maximize", "capturable", "differentiable",
-            "foreach" and "fused" among them.
+        defaults: options of the groups; "filter", "differentiable" and those of
+            ``options.StepOptions`` among them.
         backend: implementation that must run, or None.
         state_dtype: torch.float32, torch.bfloat16, or a mapping from names of states to these; None
             means float32.
@@ -95,21 +93,19 @@ class AdaptiveOptimizer(Optimizer):
     def _filter_settings(self, group: Group) -> dict[str, Any]:
         """Returns the settings that all optimizers take from their options alike."""
         name, filter, weight_ema = type(self).__name__, group["filter"], group["weight_ema"]
-        if filter not in FILTERS:
-            known = ", ".join(repr(known) for known in FILTERS[:-1])
+        if filter not in (*FILTERS, None) or filter == "none":
+            known = ", ".join(repr(known) for known in FILTERS if known != "none")
             raise ValueError(f"{name}: filter must be {known} or None; got {filter!r}")
         window = group["window"]
         if not isinstance(window, int) or isinstance(window, bool):
             raise TypeError(f"{name}: window must be an int; got {window!r}")
         if window < 1:
             raise ValueError(f"{name}: window must be >= 1; got {window!r}")
-        return {
+        numbers = {option: group[option] for option in FILTER_OPTIONS if option != "window"}
+        return numbers | {
             "filter": "none" if filter is None else filter,
-            "alpha": group["alpha"],
             "lamb": group["lamb"] if filter is not None else 0.0,
-            "after_step": group["after_step"],
             "warmup": bool(group["warmup"]),
-            "proj_eps": group["proj_eps"],
             "maximize": group["maximize"],
             "weight_ema": 0.0 if weight_ema is None else weight_ema,
             "owner": name,
@@ -235,6 +231,7 @@ class AdaptiveOptimizer(Optimizer):
                 _check_grad(type(self).__name__, param, grad)
             states = [self._complete_state(param, group, needed) for param in params]
             plan = self._plans[index] = self._plan(keys, needed, params, grads, states, fixed)
+        plan.admit(settings)
         return GroupStep(plan, grads, settings)
 
     def _fixed(self, group: Group) -> tuple[Any, ...]:

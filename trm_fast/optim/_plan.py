@@ -128,6 +128,11 @@ class Plan:
             for param, output in zip(self._params, self._outputs or [], strict=True)
         ]
 
+    def admit(self, settings: Settings) -> None:
+        """Raises if a step with these settings cannot be taken."""
+        for step in self._steps:
+            step.admit(settings)
+
     def step(self, grads: list[Tensor], settings: Settings) -> None:
         for part, step in zip(self._indices, self._steps, strict=True):
             step(self._select(part, grads), settings)

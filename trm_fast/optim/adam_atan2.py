@@ -1,15 +1,14 @@
 """``AdamATan2``: Adam with decoupled weight decay whose division is an arctangent."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
 from trm_fast.optim._states import Group
 from trm_fast.optim.grokfast_adamw import pair
+from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
 
 class AdamATan2(AdaptiveOptimizer):
@@ -24,18 +23,17 @@ class AdamATan2(AdaptiveOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``; every option below
-            except ``backend``, ``state_dtype`` and ``clip_norm`` may differ between groups, and may
-            be changed between steps.
+            may differ between groups, and be changed between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         betas: decay per step of the first and second moment, each in [0, 1).
         weight_decay: decay of the weights per unit of learning rate, >= 0.
-        filter, alpha, lamb, after_step, window, warmup, proj_eps: gradient filter in front, as in
-            ``GrokFastAdamW``; by default there is none.
-        maximize, capturable, differentiable, foreach, fused, backend, weight_ema, state_dtype,
-            clip_norm: as in ``GrokFastAdamW``.
+        filter: gradient filter in front, as in ``GrokFastAdamW``; by default there is none.
+        differentiable: lets autograd see the step; runs the reference.
+        options: those of ``trm_fast.optim.StepOptions``.
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown.
+        ValueError: an option is out of range or not finite, or a filter unknown.
+        TypeError: an option is unknown, or no number.
         RuntimeError: ``fused`` with ``differentiable``, ``foreach`` or unsupported parameters, as
             in torch.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
@@ -46,6 +44,7 @@ class AdamATan2(AdaptiveOptimizer):
         ... )
     """
 
+    @with_options(StepOptions)
     def __init__(
         self,
         params: Any,
@@ -54,41 +53,18 @@ class AdamATan2(AdaptiveOptimizer):
         weight_decay: float | Tensor = 1e-2,
         *,
         filter: str | None = None,
-        alpha: float = 0.98,
-        lamb: float | Tensor = 2.0,
-        after_step: int = 0,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
-        maximize: bool = False,
-        capturable: bool = False,
         differentiable: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        backend: str | None = None,
-        weight_ema: float | None = None,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        clip_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": pair("AdamATan2", betas),
             "weight_decay": weight_decay,
             "filter": filter,
-            "alpha": alpha,
-            "lamb": lamb,
-            "after_step": after_step,
-            "window": window,
-            "warmup": warmup,
-            "proj_eps": proj_eps,
-            "weight_ema": weight_ema,
-            "maximize": maximize,
-            "capturable": capturable,
             "differentiable": differentiable,
-            "foreach": foreach,
-            "fused": fused,
         }
-        super().__init__(params, defaults, backend, state_dtype, clip_norm)
+        of_groups, whole = split(options)
+        super().__init__(params, defaults | of_groups, **whole)
 
     def _settings(self, group: Group) -> Settings:
         beta1, beta2 = pair("AdamATan2", group["betas"])

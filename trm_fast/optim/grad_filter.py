@@ -13,8 +13,9 @@ from trm_fast.optim._adaptive import AdaptiveOptimizer
 from trm_fast.optim._group_step import GroupStep
 from trm_fast.optim._plan import Keys, Plan, empty_output, local
 from trm_fast.optim._states import Group, State
+from trm_fast.optim.options import FILTER_OPTIONS, FilterOptions, Unpack, with_options
 
-_OPTIONS = ("filter", "alpha", "lamb", "after_step", "window", "warmup", "proj_eps")
+_OPTIONS = ("filter", *FILTER_OPTIONS)
 
 
 class GradFilter(AdaptiveOptimizer):
@@ -29,17 +30,18 @@ class GradFilter(AdaptiveOptimizer):
     Args:
         target: an optimizer of ``torch.optim`` or like it, or parameters, named parameters or
             groups.
-        filter, alpha, lamb, after_step, window, warmup, proj_eps: as in ``GrokFastAdamW``; each may
-            differ between groups and be changed between steps. In the groups of an optimizer that
-            has an ``alpha`` of its own, as RMSprop, that of the filter is called "filter_alpha".
+        filter: as in ``GrokFastAdamW``; may differ between groups and be changed between steps.
         backend: "reference", "cpp", "cuda" or "triton" must run; None takes the first usable one.
         state_dtype: torch.bfloat16, or a mapping from "grok_exp_avg" and "grok_ring" to a dtype.
         clip_norm: scales all gradients down to this norm before the filter, as in
-            ``GrokFastAdamW``.
+            ``trm_fast.optim.StepOptions``.
+        options: those of ``trm_fast.optim.FilterOptions``. In the groups of an optimizer that has
+            an ``alpha`` of its own, as RMSprop, that of the filter is called "filter_alpha".
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown, or the optimizer inside has a
-            filter of its own or is differentiable.
+        ValueError: an option is out of range or not finite, a filter unknown, or the optimizer
+            inside has a filter of its own or is differentiable.
+        TypeError: an option is unknown, or no number.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
 
     Example:
@@ -49,20 +51,16 @@ class GradFilter(AdaptiveOptimizer):
         >>> filter.apply_()
     """
 
+    @with_options(FilterOptions)
     def __init__(
         self,
         target: Any,
         filter: str | None = "ema",
         *,
-        alpha: float = 0.98,
-        lamb: float | Tensor = 2.0,
-        after_step: int = 0,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
         backend: str | None = None,
         state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         clip_norm: float | None = None,
+        **options: Unpack[FilterOptions],
     ) -> None:
         self.optimizer = target if isinstance(target, Optimizer) else None
         inside = {} if self.optimizer is None else self.optimizer.defaults
@@ -77,15 +75,9 @@ class GradFilter(AdaptiveOptimizer):
                 "GradFilter: the optimizer inside must not be differentiable, as autograd does not "
                 f"see the filter; got {type(target).__name__} with differentiable=True"
             )
-        defaults = {
-            "filter": filter,
-            "filter_alpha" if "alpha" in inside else "alpha": alpha,
-            "lamb": lamb,
-            "after_step": after_step,
-            "window": window,
-            "warmup": warmup,
-            "proj_eps": proj_eps,
-        }
+        defaults: Group = {"filter": filter, **options}
+        if "alpha" in inside:
+            defaults["filter_alpha"] = defaults.pop("alpha")
         flags = {"differentiable": False, "foreach": None, "fused": None}
         if self.optimizer is None:
             super().__init__(target, defaults | flags, backend, state_dtype, clip_norm)

@@ -1,14 +1,13 @@
 """``GrokFastAdamW``: AdamW whose gradients pass through the GrokFast filter on their way."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
 from trm_fast.optim._states import Group
+from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
 
 class GrokFastAdamW(AdaptiveOptimizer):
@@ -22,15 +21,11 @@ class GrokFastAdamW(AdaptiveOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``; every option below
-            except ``backend``, ``state_dtype`` and ``clip_norm`` may differ between groups, and may
-            be changed between steps.
+            may differ between groups, and be changed between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         betas: decay per step of the first and second moment, each in [0, 1).
         eps: added to the denominator, >= 0.
         weight_decay: decay of the weights per unit of learning rate, >= 0.
-        alpha: decay per step of the running mean, in [0, 1]. The paper advises 0.8 to 0.99.
-        lamb: weight of the running mean, >= 0; the paper advises 0.1 to 5. It may be changed
-            between steps; 0 lets the gradient pass and keeps the mean up to date.
         filter: "ema" is GrokFast. "ma" is its other form, with the mean of the last ``window``
             gradients (the paper: lamb 5). "projection" amplifies the part of the gradient along the
             mean, tensor by tensor; "cosine_gate" multiplies a tensor's gradient by lamb where its
@@ -38,41 +33,18 @@ class GrokFastAdamW(AdaptiveOptimizer):
             GrokFast, ``grad + lamb * (grad - mean)``, which amplifies noise; it exists because some
             published trainers use it. None is no filter, and lets the state of one rest. Changed
             between steps, "ma" and the others, which remember different things, start anew.
-        after_step: number of first steps without filter; the mean starts at the first gradient
-            behind them ("ma" remembers gradients from the first step on).
-        maximize: ascends instead; negates the gradient before the filter.
-        capturable: allows a step inside a CUDA graph. A replay reads ``lr``, ``weight_decay`` and
-            ``lamb`` again only where they are tensors on the device; numbers are burnt in.
         differentiable: lets autograd see the step; runs the reference.
-        foreach: accepted for ``torch.optim``'s sake; all tensors of a group always take their step
-            together.
-        fused: True refuses parameters that a fused kernel could not take, as in torch; False runs
-            the reference.
-        backend: "reference", "cpp", "cuda" or "triton" must run; None takes the first usable one.
-        weight_ema: decay per step of an average of the weights, in [0, 1], kept in
-            ``state[p]["weight_ema"]``; it starts at the weights before the first step. None keeps
-            none.
         decoupled_weight_decay: False adds ``weight_decay * param`` to the filtered gradient, which
             makes it Adam.
-        state_dtype: torch.bfloat16, or a mapping from "exp_avg", "exp_avg_sq", "grok_exp_avg",
-            "grok_ring" and "weight_ema" to a dtype, stores states in 16 bits with stochastic
-            rounding; default float32. float64 parameters keep float64.
-        window: number of gradients that "ma" averages, >= 1. It keeps all of them: 4 bytes each per
-            parameter, or 2 with ``state_dtype={"grok_ring": torch.bfloat16}``. Another number is
-            refused while the state "grok_ring" has this one.
-        warmup: lets gradients pass "ma" unchanged until its window is full, as the published code
-            does; False averages those there are, as the paper's algorithm does.
-        proj_eps: "projection" leaves a tensor alone while the squared norm of its mean is not above
-            this.
-        clip_norm: scales all gradients of a step down to this Euclidean norm, before the filter, as
-            ``torch.nn.utils.clip_grad_norm_`` would, without a host sync; ``grad_norm`` then holds
-            the norm that was found. None does not clip.
         normalize_lr: divides the learning rate by ``1 + lamb`` at each step (filter "ema" only), so
             that the slow part moves the weights as fast as without filter; ``group["lr"]`` still
             shows the number given.
+        options: ``alpha``, the decay of the mean (the paper: 0.8 to 0.99), ``lamb``, its weight
+            (0.1 to 5), and all others of ``trm_fast.optim.StepOptions``.
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown.
+        ValueError: an option is out of range or not finite, or a filter unknown.
+        TypeError: an option is unknown, or no number.
         RuntimeError: ``fused`` with ``differentiable``, ``foreach`` or unsupported parameters, as
             in torch.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
@@ -83,6 +55,7 @@ class GrokFastAdamW(AdaptiveOptimizer):
         >>> optimizer.step()
     """
 
+    @with_options(StepOptions)
     def __init__(
         self,
         params: Any,
@@ -91,47 +64,24 @@ class GrokFastAdamW(AdaptiveOptimizer):
         eps: float = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         *,
-        alpha: float = 0.98,
-        lamb: float | Tensor = 2.0,
         filter: str | None = "ema",
-        after_step: int = 0,
-        maximize: bool = False,
-        capturable: bool = False,
         differentiable: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        backend: str | None = None,
-        weight_ema: float | None = None,
         decoupled_weight_decay: bool = True,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
-        clip_norm: float | None = None,
         normalize_lr: bool = False,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
             "betas": pair("GrokFastAdamW", betas),
             "eps": eps,
             "weight_decay": weight_decay,
-            "alpha": alpha,
-            "lamb": lamb,
             "filter": filter,
-            "after_step": after_step,
-            "window": window,
-            "warmup": warmup,
-            "proj_eps": proj_eps,
-            "weight_ema": weight_ema,
-            "maximize": maximize,
-            "capturable": capturable,
             "differentiable": differentiable,
-            "foreach": foreach,
-            "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
             "normalize_lr": normalize_lr,
         }
-        super().__init__(params, defaults, backend, state_dtype, clip_norm)
+        of_groups, whole = split(options)
+        super().__init__(params, defaults | of_groups, **whole)
 
     def _settings(self, group: Group) -> Settings:
         beta1, beta2 = pair("GrokFastAdamW", group["betas"])

@@ -1,15 +1,14 @@
 """``GrokFastSGD``: SGD whose gradients pass through the GrokFast filter on their way."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
 from trm_fast.optim._plan import Keys
 from trm_fast.optim._states import Group
+from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
 
 class GrokFastSGD(AdaptiveOptimizer):
@@ -21,20 +20,20 @@ class GrokFastSGD(AdaptiveOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``; every option below
-            except ``backend``, ``state_dtype`` and ``clip_norm`` may differ between groups, and may
-            be changed between steps.
+            may differ between groups, and be changed between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         momentum: decay per step of the momentum, in [0, 1); 0 keeps none.
         dampening: share of the gradient that stays out of the momentum, in [0, 1].
         weight_decay: L2 penalty, added to the filtered gradient, >= 0.
         nesterov: descends along the momentum of the next step; needs momentum and no dampening.
-        filter, alpha, lamb, after_step, window, warmup, proj_eps: the gradient filter, as in
-            ``GrokFastAdamW``.
-        maximize, capturable, differentiable, foreach, fused, backend, weight_ema, state_dtype,
-            clip_norm: as in ``GrokFastAdamW``; the momentum is the state "momentum_buffer".
+        filter: gradient filter, as in ``GrokFastAdamW``.
+        differentiable: lets autograd see the step; runs the reference.
+        options: those of ``trm_fast.optim.StepOptions``; the momentum is the state
+            "momentum_buffer".
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown.
+        ValueError: an option is out of range or not finite, or a filter unknown.
+        TypeError: an option is unknown, or no number.
         RuntimeError: ``fused`` with ``differentiable``, ``foreach`` or unsupported parameters, as
             in torch.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
@@ -43,6 +42,7 @@ class GrokFastSGD(AdaptiveOptimizer):
         >>> optimizer = trm_fast.GrokFastSGD(model.parameters(), lr=0.1, momentum=0.9)
     """
 
+    @with_options(StepOptions)
     def __init__(
         self,
         params: Any,
@@ -53,21 +53,8 @@ class GrokFastSGD(AdaptiveOptimizer):
         nesterov: bool = False,
         *,
         filter: str | None = "ema",
-        alpha: float = 0.98,
-        lamb: float | Tensor = 2.0,
-        after_step: int = 0,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
-        maximize: bool = False,
-        capturable: bool = False,
         differentiable: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        backend: str | None = None,
-        weight_ema: float | None = None,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        clip_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -76,20 +63,10 @@ class GrokFastSGD(AdaptiveOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "filter": filter,
-            "alpha": alpha,
-            "lamb": lamb,
-            "after_step": after_step,
-            "window": window,
-            "warmup": warmup,
-            "proj_eps": proj_eps,
-            "weight_ema": weight_ema,
-            "maximize": maximize,
-            "capturable": capturable,
             "differentiable": differentiable,
-            "foreach": foreach,
-            "fused": fused,
         }
-        super().__init__(params, defaults, backend, state_dtype, clip_norm)
+        of_groups, whole = split(options)
+        super().__init__(params, defaults | of_groups, **whole)
 
     def _settings(self, group: Group) -> Settings:
         momentum = check_momentum("GrokFastSGD", group["momentum"])

@@ -12,6 +12,7 @@ from trm_fast.ops._newton_schulz_sets import KELLER
 from trm_fast.optim._states import Group, State
 from trm_fast.optim.grokfast_adamw import pair
 from trm_fast.optim.muon import Coefficients, Muon
+from trm_fast.optim.options import StepOptions, Unpack, with_options
 
 ALGORITHMS = ("muon", "adamw")
 
@@ -59,24 +60,22 @@ class MuGrokfast(Muon):
     are those of ``PRESETS[1]``; of another phase: ``MuGrokfast(groups, **PRESETS[5].options())``.
 
     Args:
-        params: groups, each with the key "algorithm"; every option below except ``backend``,
-            ``state_dtype`` and ``clip_norm`` may differ between groups, and may be changed between
-            steps. A group without "lr" of its own gets ``muon_lr`` or ``lr``, under the key "lr".
+        params: groups, each with the key "algorithm"; every option below may differ between groups,
+            and be changed between steps. A group without "lr" of its own gets ``muon_lr`` or
+            ``lr``, under the key "lr".
         lr: learning rate of the groups with AdamW, >= 0.
         muon_lr: learning rate of the groups with Muon, >= 0.
         betas: of AdamW: decay per step of the first and second moment, each in [0, 1).
         weight_decay: decay of the weights per unit of learning rate, of both, >= 0.
         momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, row_splits, batch_dims,
             ns_method, ns_dtype: as in ``Muon``; ``adamw_eps`` is the eps of AdamW.
-        filter, alpha, lamb, after_step, window, warmup, proj_eps: the gradient filter of both, as
-            in ``GrokFastAdamW``.
-        maximize, capturable, foreach, fused, backend, weight_ema, state_dtype, clip_norm: as in
-            ``GrokFastAdamW``.
+        filter: the gradient filter of both, as in ``GrokFastAdamW``.
+        options: those of ``trm_fast.optim.StepOptions``; ``lamb`` is 0.3 by default.
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown, a group does not say its
-            algorithm, or a parameter does not suit it.
-        TypeError: a parameter for Muon is complex.
+        ValueError: an option is out of range or not finite, a filter unknown, a group does not say
+            its algorithm, or a parameter does not suit it.
+        TypeError: a parameter for Muon is complex, or an option unknown or no number.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
 
     Example:
@@ -84,6 +83,7 @@ class MuGrokfast(Muon):
         >>> optimizer = trm_fast.MuGrokfast(groups, muon_lr=0.02, lr=1e-3, lamb=0.3)
     """
 
+    @with_options(StepOptions, lamb=0.3)
     def __init__(
         self,
         params: Any,
@@ -104,30 +104,14 @@ class MuGrokfast(Muon):
         ns_method: str = "auto",
         ns_dtype: torch.dtype | None = torch.bfloat16,
         filter: str | None = "ema",
-        alpha: float = 0.98,
-        lamb: float | Tensor = 0.3,
-        after_step: int = 0,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
-        maximize: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        backend: str | None = None,
-        weight_ema: float | None = None,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        clip_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         self._rates = {"muon": muon_lr, "adamw": lr}
         self._more_defaults = {"betas": pair("MuGrokfast", betas), "adamw_eps": adamw_eps}
         super().__init__(
             params, lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps,
             adjust_lr_fn, row_splits=row_splits, batch_dims=batch_dims, ns_method=ns_method,
-            ns_dtype=ns_dtype, filter=filter, alpha=alpha, lamb=lamb, after_step=after_step,
-            window=window, warmup=warmup, proj_eps=proj_eps, maximize=maximize,
-            capturable=capturable, foreach=foreach, fused=fused, backend=backend,
-            weight_ema=weight_ema, state_dtype=state_dtype, clip_norm=clip_norm,
+            ns_dtype=ns_dtype, filter=filter, **options,
         )  # fmt: skip
 
     def add_param_group(self, param_group: Group) -> None:

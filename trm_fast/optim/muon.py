@@ -23,6 +23,7 @@ from trm_fast.optim._muon_step import (
 from trm_fast.optim._plan import Keys, Plan
 from trm_fast.optim._states import Group, State
 from trm_fast.optim.grokfast_sgd import check_momentum
+from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
 Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
@@ -50,8 +51,7 @@ class Muon(AdaptiveOptimizer):
 
     Args:
         params: parameters, named parameters or groups, as for ``torch.optim``; every option below
-            except ``backend``, ``state_dtype`` and ``clip_norm`` may differ between groups, and may
-            be changed between steps.
+            may differ between groups, and be changed between steps.
         lr: learning rate, >= 0; a tensor of one element is read on its device.
         weight_decay: decay of the weights per unit of learning rate, >= 0.
         momentum: decay per step of the momentum, in [0, 1).
@@ -66,15 +66,14 @@ class Muon(AdaptiveOptimizer):
         batch_dims: leading dimensions that count matrices.
         ns_method, ns_dtype: method and dtype of the products of ``newton_schulz``; the dtype None
             is float32, or float64 for float64 parameters.
-        filter, alpha, lamb, after_step, window, warmup, proj_eps: gradient filter in front, as in
-            ``GrokFastAdamW``; by default there is none.
-        maximize, capturable, foreach, fused, backend, weight_ema, state_dtype, clip_norm: as in
-            ``GrokFastAdamW``; the momentum is the state "momentum_buffer".
+        filter: gradient filter in front, as in ``GrokFastAdamW``; by default there is none.
+        options: those of ``trm_fast.optim.StepOptions``; the momentum is the state
+            "momentum_buffer".
 
     Raises:
-        ValueError: an option is out of range, not finite or unknown, or a parameter has fewer than
-            two dimensions or rows that ``row_splits`` does not divide.
-        TypeError: a parameter is complex, or an option no number.
+        ValueError: an option is out of range or not finite, a filter unknown, or a parameter has
+            fewer than two dimensions or rows that ``row_splits`` does not divide.
+        TypeError: a parameter is complex, or an option unknown or no number.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
 
     Example:
@@ -84,6 +83,7 @@ class Muon(AdaptiveOptimizer):
 
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # options that a subclass adds
 
+    @with_options(StepOptions)
     def __init__(
         self,
         params: Any,
@@ -101,20 +101,7 @@ class Muon(AdaptiveOptimizer):
         ns_method: str = "auto",
         ns_dtype: torch.dtype | None = torch.bfloat16,
         filter: str | None = None,
-        alpha: float = 0.98,
-        lamb: float | Tensor = 2.0,
-        after_step: int = 0,
-        window: int = 100,
-        warmup: bool = True,
-        proj_eps: float = 1e-10,
-        maximize: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        backend: str | None = None,
-        weight_ema: float | None = None,
-        state_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        clip_norm: float | None = None,
+        **options: Unpack[StepOptions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -130,21 +117,11 @@ class Muon(AdaptiveOptimizer):
             "ns_method": ns_method,
             "ns_dtype": ns_dtype,
             "filter": filter,
-            "alpha": alpha,
-            "lamb": lamb,
-            "after_step": after_step,
-            "window": window,
-            "warmup": warmup,
-            "proj_eps": proj_eps,
-            "weight_ema": weight_ema,
-            "maximize": maximize,
-            "capturable": capturable,
             "differentiable": False,
-            "foreach": foreach,
-            "fused": fused,
         }
         defaults.update(self._more_defaults)
-        super().__init__(params, defaults, backend, state_dtype, clip_norm)
+        of_groups, whole = split(options)
+        super().__init__(params, defaults | of_groups, **whole)
 
     def _orthogonalises(self, group: Group) -> bool:
         """Returns whether the parameters of a group are hidden matrices."""

@@ -8,12 +8,12 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from trm_fast.ops import FILTERS, Filter
 from trm_fast.optim import AdamATan2, GrokFastAdamW, MuGrokfast
 from trm_fast.optim.groups import split_params
 from trm_fast.optim.schedules import Schedule, warmup_constant, warmup_cosine
 
 Name = Literal["grokfast_adamw", "adam_atan2", "adamw", "mugrokfast"]
-Filter = Literal["ema", "ma", "highpass", "projection", "cosine_gate", "none"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class OptimizerConfig:
     min_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, known in (("name", get_args(Name)), ("filter", get_args(Filter))):
+        for name, known in (("name", get_args(Name)), ("filter", FILTERS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"optimizer: {name} must be one of {', '.join(known)}; "

@@ -1,9 +1,8 @@
 """Settings of the classifier, and their presets."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Filter = Literal["highpass", "ema", "ma", "projection", "cosine_gate", "none"]
+from trm_fast.ops import FILTERS, Filter
 
 
 @dataclass(frozen=True)
@@ -18,9 +17,7 @@ class ClassifyConfig:
         lam: strength of the filter, >= 0.
         filter: what happens to the gradient before AdamW: highpass adds lam times gradient minus
             running mean (the opposite of GrokFast), ema adds lam times the running mean (GrokFast),
-            ma adds lam times the mean of the last 100 gradients, projection adds lam times the part
-            along the running mean, per tensor, cosine_gate multiplies a tensor by lam if it points
-            along the running mean and divides by it if not, none changes nothing.
+            none changes nothing; docs/optimizers.md has the formulas of all.
         weight_decay: decoupled weight decay of AdamW, >= 0.
         grad_clip: largest norm of all gradients together, or null for no clipping.
         T: levels of the recursion, from 1 to max_depth.
@@ -73,8 +70,7 @@ class ClassifyConfig:
         for name in ("epochs", "patience"):
             _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
         _require(self.seed >= 0, "seed must be >= 0", self.seed)
-        choices = get_args(Filter)
-        _require(self.filter in choices, f"filter must be one of {', '.join(choices)}", self.filter)
+        _require(self.filter in FILTERS, f"filter must be one of {', '.join(FILTERS)}", self.filter)
 
 
 def _require(holds: bool, what: str, value: object) -> None:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trm_fast.data.synthetic.modular import Operation
+from trm_fast.ops import FILTERS, Filter
 
 Inner = Literal["adam", "adamw", "muon"]
-Filter = Literal["ema", "ma", "highpass", "projection", "cosine_gate", "none"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,7 @@ class GrokkingConfig:
             head, norms and biases to adamw.
         filter: what happens to the gradient before the optimizer: ema adds lamb times its running
             mean (GrokFast), ma adds lamb times the mean of the last window gradients (GrokFast-MA),
-            highpass adds lamb times gradient minus running mean (the opposite), projection adds
-            lamb times the part along the running mean, per tensor, cosine_gate multiplies a tensor
-            by lamb if it points along the running mean and divides by it if not, none changes
-            nothing.
+            none changes nothing; docs/optimizers.md has the formulas of all.
         alpha: decay of the running mean per iteration, in [0, 1].
         lamb: weight of what the filter adds, >= 0, no unit; unused without a filter.
         window: gradients that ma averages, >= 1; until there are so many, none is changed.
@@ -78,7 +75,7 @@ class GrokkingConfig:
         for name in ("window", "batch", "iterations", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
         _require(0 <= self.target <= 1, "target must be in [0, 1]", self.target)
-        for name, choices in (("optimizer", get_args(Inner)), ("filter", get_args(Filter))):
+        for name, choices in (("optimizer", get_args(Inner)), ("filter", FILTERS)):
             value = getattr(self, name)
             _require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
 

@@ -10,14 +10,6 @@ from trm_fast.recipes.grokking.config import GrokkingConfig
 from trm_fast.train import Callback, Summary, Trainer
 from trm_fast.train.callbacks import Record
 
-_FILTERS = {
-    "ema": "GrokFast-EMA filter",
-    "ma": "GrokFast-MA filter",
-    "highpass": "high-pass filter",
-    "projection": "projection filter",
-    "cosine_gate": "cosine-gate filter",
-    "none": "no filter",
-}
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
 
@@ -119,7 +111,7 @@ def draw_accuracy(
     axes.set_ylabel("accuracy, %")
     axes.set_title(
         f"{config.operation} mod {config.prime}: {_OPTIMIZERS[config.optimizer]}, "
-        f"{_FILTERS[config.filter]}, seed {config.seed}",
+        f"{_filter(config.filter)}, seed {config.seed}",
         fontsize=11,
     )
     axes.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
@@ -131,6 +123,10 @@ def draw_accuracy(
 
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
+
+
+def _filter(name: str) -> str:
+    return "no filter" if name == "none" else f"filter {name}"
 
 
 class Picture(Callback):

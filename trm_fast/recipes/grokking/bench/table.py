@@ -14,15 +14,13 @@ if TYPE_CHECKING:
 
 Outcomes = dict[tuple[str, int], Outcome]
 
-# The palette of Okabe and Ito, which most colour-blind readers can tell apart, and a grey.
-_COLOURS = dict(
-    zip(
-        VARIANTS,
-        ("#000000", "#8c8c8c", "#c0c0c0", "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7",
-         "#e69f00"),
-        strict=True,
-    )
+# The palette of Okabe and Ito, which most colour-blind readers can tell apart, and greys; a row
+# beyond them gets the first colour again.
+_PALETTE = (
+    "#000000", "#8c8c8c", "#c0c0c0", "#0072b2", "#d55e00", "#009e73", "#56b4e9", "#cc79a7",
+    "#e69f00", "#f0e442",
 )  # fmt: skip
+_COLOURS = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(VARIANTS)}
 
 
 def write_report(plan: Plan, path: Path) -> None:
