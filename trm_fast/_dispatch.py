@@ -319,36 +319,41 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     """Returns, for each op, device type and backend, "chosen", "usable" or the reason why it cannot
     run.
 
-    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. A backend that
-    does not know all modes of the op says which it lacks: "usable, without filter 'ma'". Fallbacks
-    that happened in this process stand under the key "fallbacks" of their op, as call to reason.
+    The answer is for float32 tensors; ``trm-fast explain`` gives it for one call. Under the key
+    "lacking" of an op stand backends that run, but do not know all its modes and options, with
+    those; under "fallbacks" those that happened in this process, as call to reason.
     """
     table: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS.values():
         table[op.name] = {device: _states(op, device) for device in op.order}
-        fallbacks = _fallbacks(op)
-        if fallbacks:
-            table[op.name]["fallbacks"] = fallbacks
+        for key, found in (("lacking", _lacking(op)), ("fallbacks", _fallbacks(op))):
+            if found:
+                table[op.name][key] = found
     return table
 
 
 def _states(op: Op, device_type: str) -> dict[str, str]:
     dtypes = frozenset({torch.float32})
     listed = [*op.order[device_type], *(b for b in BACKENDS if b not in op.order[device_type])]
-    reasons = {b: op.reason(b, device_type, dtypes) for b in listed}
-    usable = [b for b in op.order[device_type] if reasons[b] is None]
+    states = {b: op.reason(b, device_type, dtypes) or "usable" for b in listed}
+    usable = [b for b in op.order[device_type] if states[b] == "usable"]
     if _named is not None:
-        usable = [_named] if reasons[_named] is None else []
-    states = {b: reason or f"usable{without(op, b)}" for b, reason in reasons.items()}
+        usable = [_named] if states[_named] == "usable" else []
     if usable:
-        states[usable[0]] = f"chosen{without(op, usable[0])}"
+        states[usable[0]] = "chosen"
     return states
+
+
+def _lacking(op: Op) -> dict[str, str]:
+    runs = (b for b in op.implementations if any(unusable(b, kind) is None for kind in op.order))
+    found = {backend: ", ".join(op.lacks(backend)) for backend in runs}
+    return {backend: lacking for backend, lacking in found.items() if lacking}
 
 
 def without(op: Op, backend: str) -> str:
     """Returns what a usable backend lacks, as the end of a sentence: empty, or ", without ..."."""
-    lacking = op.lacks(backend)
-    return f", without {', '.join(lacking)}" if lacking else ""
+    lacking = ", ".join(op.lacks(backend))
+    return f", without {lacking}" if lacking else ""
 
 
 def _fallbacks(op: Op) -> dict[str, str]:

@@ -52,10 +52,12 @@ def truth(item: Item, s: Settings) -> dict[str, Tensor]:
         p = g + s.beta1 * (m - g) if s.nesterov else m
     elif s.rule == "sgd":
         p = p - lr * (g + s.beta1 * m if s.nesterov and "exp_avg" in item else m)
-    else:
+    elif s.rule in ("adamw", "adam", "atan2"):
         v = s.beta2 * item["exp_avg_sq"].double() + (1 - s.beta2) * g**2
         found["exp_avg_sq"] = v
         p = p - move(s, t, m, v)
+    else:
+        raise NotImplementedError(f"the truth of rule {s.rule!r}")
     if "weight_ema" in item:
         e = item["weight_ema"].double() if t > 1 else item["param"].double()
         found["weight_ema"] = e + (1 - s.weight_ema) * (p - e)
@@ -79,9 +81,11 @@ def exponential_average(item: Item, s: Settings, g: Tensor) -> tuple[Tensor, dic
     elif s.filter == "projection":
         square = (mu * mu).sum()
         filtered = g + lamb * (g * mu).sum() / square * mu if square > s.proj_eps else g
-    else:
+    elif s.filter == "cosine_gate":
         cosine = (g * mu).sum() / (g.norm() * mu.norm())
         filtered = lamb * g if cosine > 0.5 else g / lamb
+    else:
+        raise NotImplementedError(f"the truth of filter {s.filter!r}")
     return filtered, {"grok_exp_avg": mu}
 
 
@@ -208,6 +212,7 @@ def filtered_error(
         _assert_clear(item, s, u)
         terms = max(lamb, 1 / lamb) * g
         return terms, 8 * u * terms, error
+    assert s.filter == "projection", f"the error of filter {s.filter!r}"
     pull, dpull = _pull_error(item, s, u)
     terms = g + pull * mu
     return terms, 10 * u * terms + dpull * mu, error

@@ -7,6 +7,8 @@ import torch
 
 from trm_fast._dispatch import OPS
 from trm_fast.ops import Settings
+from trm_fast.ops import _adaptive_filters as page
+from trm_fast.ops._adaptive_settings import RULES as ALL_RULES
 
 from .adaptive_checks import (
     assert_right,
@@ -20,8 +22,9 @@ from .adaptive_checks import (
 )
 from .adaptive_truth import Item, truth
 
-RULES = ("adamw", "adam", "atan2")
-FILTERS = ("ema", "highpass", "none")
+RULES = [rule for rule in ALL_RULES if rule not in ("sgd", "momentum", "filter")]
+# Those that look at whole tensors, or at the last gradients, are in test_adaptive_step_filters.py.
+FILTERS = [name for name in page.FILTERS if name not in (*page.REDUCING, *page.WINDOWED)]
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 # More than one thread's share is 8 blocks of 1024 on the CPU.
 SIZES = ((), (0,), (0, 3), (1,), (1023,), (1024,), (1025,), (5000,), (8 * 1024 + 1,), (3, 5, 7))

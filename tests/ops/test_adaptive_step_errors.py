@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trm_fast import BackendError
 from trm_fast.ops import AdaptiveStep, Settings, adaptive_step_
+from trm_fast.ops._adaptive_filters import FILTERS, REDUCING, WINDOWED
 
 from .adaptive_checks import (
     LISTS,
@@ -296,14 +297,14 @@ def test_states_that_do_not_suit_the_rule_are_refused(backend, device, case):
         caught.match(word)
 
 
-@pytest.mark.parametrize("filter_", ["ema", "highpass", "projection", "cosine_gate"])
+@pytest.mark.parametrize("filter_", [f for f in FILTERS if f not in (*WINDOWED, "none")])
 def test_a_ring_is_refused_for_another_filter(backend, device, filter_):
     item = make((4, 6), window=3, device=device)
     with pytest.raises(ValueError, match=f"grok_ring must be given for filter 'ma'.*'{filter_}'"):
         run([item], Settings(1e-2, filter=filter_, lamb=2.0), backend)
 
 
-@pytest.mark.parametrize("filter_", ["projection", "cosine_gate"])
+@pytest.mark.parametrize("filter_", REDUCING)
 def test_a_kept_step_wants_its_sums_first(backend, device, filter_):
     item = make((4, 6), device=device)
     step = AdaptiveStep(*lists_of([item]), backend=backend)

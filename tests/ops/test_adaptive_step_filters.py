@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.ops import AdaptiveStep, Settings
+from trm_fast.ops._adaptive_filters import REDUCING, WINDOWED
 
 from .adaptive_checks import (
     assert_right,
@@ -24,8 +25,7 @@ from .adaptive_checks import (
 )
 from .adaptive_truth import Item, is_due, truth
 
-REDUCING = ("projection", "cosine_gate")
-NEW = (*REDUCING, "ma")
+NEW = (*REDUCING, *WINDOWED)
 WINDOW = 5
 # A ring is summed anew by chunks of 1024.
 SIZES = ((), (0,), (1,), (1023,), (1024,), (1025,), (3, 5, 7), (3000,))

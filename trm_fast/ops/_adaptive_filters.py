@@ -36,6 +36,7 @@ from trm_fast.ops._stochastic_rounding import random_words, round_stochastically
 Filter = Literal["ema", "ma", "highpass", "projection", "cosine_gate", "none"]
 FILTERS: tuple[str, ...] = get_args(Filter)
 REDUCING = ("projection", "cosine_gate")  # filters that look at sums over a tensor
+WINDOWED = ("ma",)  # filters that remember gradients in a ring, and not their mean
 CHUNK = 1024  # elements of a ring that are summed anew together; a block of every fast form
 
 Scalar = float | Tensor
@@ -80,6 +81,11 @@ class FilterSettings:
     def reduces(self) -> bool:
         """Whether the step needs sums over whole tensors first."""
         return self.filter in REDUCING
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the filter remembers gradients in a ring."""
+        return self.filter in WINDOWED
 
     def _check_scalar(self, name: str) -> None:
         value = getattr(self, name)

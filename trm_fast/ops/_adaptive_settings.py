@@ -115,18 +115,22 @@ class Settings(FilterSettings):
         kept = self._kept
         if kept is not None and kept[0] is known:
             return kept[1]  # type: ignore[no-any-return]
-        tensors = [None, None, None, self.grad_scale, self.found_inf, self.clip]
-        scalars: dict[str, float] = {}
-        for index, name in enumerate(("lr", "weight_decay", "lamb")):
-            scalars[name], tensors[index] = _split(getattr(self, name), device)
         wanted = NUMBERS if known is None else known.numbers
-        numbers = [float(scalars[n] if n in scalars else getattr(self, n)) for n in wanted]
-        arguments = (
-            numbers,
-            *[None if tensor is None else tensor.to(device, torch.float32) for tensor in tensors],
-        )
-        if not any(isinstance(getattr(self, name), Tensor) for name in _TENSORS):
-            self._kept = (known, arguments) if not torch.compiler.is_compiling() else None
+        numbers = [getattr(self, name) for name in wanted]
+        scales = (self.grad_scale, self.found_inf, self.clip)
+        at: list[Tensor | None] = []
+        for name in ("lr", "weight_decay", "lamb"):
+            number, tensor = _split(getattr(self, name), device)
+            numbers[wanted.index(name)] = number
+            at.append(tensor)
+        if known is None:  # the compiler knows no other number than a float in a list of them
+            numbers = list(map(float, numbers))
+        for scale in scales:
+            at.append(None if scale is None else scale.to(device, torch.float32))
+        arguments = (numbers, *at)
+        fixed = not any([isinstance(v, Tensor) for v in (self.lr, self.weight_decay, self.lamb)])
+        if fixed and all([scale is None for scale in scales]) and not torch.compiler.is_compiling():
+            self._kept = (known, arguments)
         return arguments
 
     @classmethod

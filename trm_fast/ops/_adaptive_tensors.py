@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trm_fast._dispatch import OPS, Choice
+from trm_fast.ops._adaptive_filters import WINDOWED
 from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
 from trm_fast.ops.filter_sums import FilterSums
 
@@ -155,9 +156,10 @@ class AdaptiveStep:
             _require(False, name, f"empty for rule {settings.rule!r}", "tensors")
         # A filter state may rest, so only the kind is looked at.
         if settings.filter != "none" and self.states["grok_exp_avg"]:
+            kind = " or ".join(map(repr, WINDOWED))
             _require(
-                bool(self.rings) == (settings.filter == "ma"),
-                "grok_ring", "given for filter 'ma' and for no other", settings.filter,
+                bool(self.rings) == settings.windowed,
+                "grok_ring", f"given for filter {kind} and for no other", settings.filter,
             )  # fmt: skip
 
     def run_on_rows(

@@ -190,7 +190,7 @@ def _step_one(
     if grok_exp_avg is not None and grok_step is not None:
         if s.filter == "ma" and ring is not None:
             g = moving_average(s, g, grok_exp_avg, grok_step, ring, t, lamb, keep)
-        elif s.filter not in ("none", "ma"):
+        elif s.filter != "none" and not s.windowed:
             g = exponential_average(s, g, grok_exp_avg, grok_step, sums, factor, t, lamb, keep)
 
     if s.rule in ("adam", "sgd"):

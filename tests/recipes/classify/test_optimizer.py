@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
+from trm_fast.ops import FILTERS
 from trm_fast.optim import GradFilter, GrokFastAdamW
 from trm_fast.recipes.classify import GrokFastOptimizer
 
@@ -304,6 +305,7 @@ def test_the_gains_of_highpass_and_ema():
         assert abs(swinging.item()) == pytest.approx(fast, abs=5e-4)
 
 
+NAMES = ", ".join(repr(name) for name in FILTERS if name != "none")
 WRONG = {
     "type": (
         lambda p: GrokFastOptimizer(p, torch.optim.SGD),
@@ -324,8 +326,7 @@ WRONG = {
     "filter": (
         lambda p: GrokFastOptimizer(p, filter="lowpass"),
         ValueError,
-        "GrokFastAdamW: filter must be 'ema', 'ma', 'highpass', 'projection', 'cosine_gate' or "
-        "None; got 'lowpass'",
+        f"GrokFastAdamW: filter must be {NAMES} or None; got 'lowpass'",
     ),
 }
 

@@ -300,10 +300,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         ({"target": 95}, r"target must be in \[0, 1\]; got 95"),
         ({"window": 0}, "window must be >= 1; got 0"),
         ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, muon; got 'sgd'"),
-        (
-            {"filter": "median"},
-            "filter must be one of ema, ma, highpass, projection, cosine_gate, none; got 'median'",
-        ),
+        ({"filter": "median"}, "filter must be one of ema, .*, none; got 'median'"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, message):

@@ -38,8 +38,7 @@ class GrokFastOptimizer(Optimizer):
         alpha: decay per step of the mean, in [0, 1].
         lambda_: strength of the filter, >= 0.
         weight_decay: of that AdamW, >= 0.
-        filter: "highpass", "ema", "ma", "projection" or "cosine_gate", as in
-            ``trm_fast.GrokFastAdamW``, or None.
+        filter: as in ``trm_fast.GrokFastAdamW``, or None.
 
     Raises:
         ValueError: an option is out of range or unknown, or ``params`` are not those of the base.
