@@ -39,8 +39,7 @@ class Settings(FilterSettings):
         clip: factor of the gradients, a tensor of one element, or None.
         dampening: share of the gradient that "sgd" keeps out of its momentum, in [0, 1].
         nesterov: whether "sgd" and "momentum" look ahead.
-        filter, alpha, lamb, after_step, warmup, proj_eps, owner: by keyword, as in
-            ``FilterSettings``.
+        and, by keyword, the fields of ``FilterSettings``.
 
     Raises:
         ValueError: a number is out of range or not finite, or a name is unknown. Tensors are not
