@@ -64,6 +64,7 @@ PER_CPU void add(float* __restrict__ sum, const float* __restrict__ in, int64_t 
 // What one tensor needs at one step, rounded once from double.
 struct Plan {
   bool filtering, seeding;
+  bool output;              // the parameter is only written, and need not be read
   float factor;             // of the gradient: sign * clip / grad_scale
   float alpha, fresh;       // mean; fresh = 1 - alpha
   float gain, pull;         // of gradient and mean in what the filter gives
@@ -208,10 +209,8 @@ void step_block(const Row& row, const Plan& plan, const Settings& settings, Upda
                 int64_t size) {
   alignas(64) float buffers[4][kBufferedBlock];
   const auto low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-  // What is only written need not be read.
-  const bool output = rest_of(settings.rule) == Rest::kWrite;
-  float* param =
-      output && row.param_dtype != kFloat32 ? buffers[0] : load(row.param, row.param_dtype, first, size, buffers[0]);
+  float* param = plan.output && row.param_dtype != kFloat32 ? buffers[0]
+                                                            : load(row.param, row.param_dtype, first, size, buffers[0]);
   float* exp_avg_sq = load(row.exp_avg_sq, row.exp_avg_sq_dtype, first, size, buffers[2]);
   Span span{param,
             load(row.grad, row.grad_dtype, first, size, buffers[1]),
@@ -266,6 +265,7 @@ Plan make_plan(const Row& row, const Settings& s, double factor) {
   plan.filtering = s.filter != kNone && row.grok_step != 0 && (s.filter == kMa || step > n.after_step);
   plan.seeding = plan.filtering && plan.filtered == 0;
   plan.factor = static_cast<float>(factor);
+  plan.output = rest == Rest::kWrite;
   // The mean is cleared before it is seeded, whatever it held.
   plan.alpha = static_cast<float>(n.alpha);
   plan.fresh = plan.seeding ? 1.0f : static_cast<float>(1.0 - n.alpha);

@@ -41,11 +41,11 @@ def lacking(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     real = adaptive_step._vocabulary
 
     def known(backend: str) -> Vocabulary:
-        rules, filters, numbers = real(backend)
+        full = real(backend)
         return Vocabulary(
-            {name: number for name, number in rules.items() if name not in names},
-            {name: number for name, number in filters.items() if name not in names},
-            tuple(name for name in numbers if name not in names),
+            {name: number for name, number in full.rules.items() if name not in names},
+            {name: number for name, number in full.filters.items() if name not in names},
+            tuple(name for name in full.numbers if name not in names),
         )
 
     monkeypatch.setattr(adaptive_step, "_vocabulary", known)

@@ -22,10 +22,10 @@ The rest of the step is on the page trm_fast/ops/adaptive_step.py, and so are th
 CONTRIBUTING.md says what a new filter, or a new option of one, needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class FilterSettings:
         owner: who speaks in an error.
     """
 
+    # What ``Settings.arguments`` returned last, and for what. First, because every other field that
+    # is set looks at it.
+    _kept: tuple[Any, ...] | None = field(default=None, init=False, compare=False, repr=False)
     filter: str = "none"
     alpha: float = 0.98
     lamb: Scalar = 0.0

@@ -3,11 +3,11 @@
 Their meaning is in trm_fast/ops/adaptive_step.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -59,8 +59,6 @@ class Settings(FilterSettings):
     clip: Tensor | None = None
     dampening: float = 0.0
     nesterov: bool = False
-    # What ``arguments`` returned last, and for what, as long as no tensor is among it.
-    _kept: tuple[Any, ...] | None = field(default=None, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._require(self.rule in RULES, "rule", f"one of {', '.join(RULES)}")
@@ -77,7 +75,7 @@ class Settings(FilterSettings):
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-        if name != "_kept":
+        if self._kept is not None and name != "_kept":
             object.__setattr__(self, "_kept", None)
 
     def scale(self, name: str, value: Tensor | None) -> None:
@@ -114,23 +112,28 @@ class Settings(FilterSettings):
         kept = self._kept
         if kept is not None and kept[0] is known:
             return kept[1]  # type: ignore[no-any-return]
-        wanted = NUMBERS if known is None else known.numbers
-        numbers = [getattr(self, name) for name in wanted]
         scales = (self.grad_scale, self.found_inf, self.clip)
-        at: list[Tensor | None] = []
-        for name in ("lr", "weight_decay", "lamb"):
-            number, tensor = _split(getattr(self, name), device)
-            numbers[wanted.index(name)] = number
-            at.append(tensor)
-        if known is None:  # the compiler knows no other number than a float in a list of them
-            numbers = list(map(float, numbers))
-        for scale in scales:
-            at.append(None if scale is None else scale.to(device, torch.float32))
-        arguments = (numbers, *at)
-        fixed = not any([isinstance(v, Tensor) for v in (self.lr, self.weight_decay, self.lamb)])
-        if fixed and all([scale is None for scale in scales]) and not torch.compiler.is_compiling():
+        at = [None if scale is None else scale.to(device, torch.float32) for scale in scales]
+        lr, weight_decay, lamb = self.lr, self.weight_decay, self.lamb
+        has_tensor = (
+            isinstance(lr, Tensor) or isinstance(weight_decay, Tensor) or isinstance(lamb, Tensor)
+        )
+        if known is None or has_tensor:
+            numbers, scalars_at = self._divided(device, NUMBERS if known is None else known.numbers)
+            return (numbers, *scalars_at, *at)
+        arguments = (list(known.read(self)), None, None, None, *at)
+        if at == [None, None, None]:
             self._kept = (known, arguments)
         return arguments
+
+    def _divided(
+        self, device: torch.device, names: Sequence[str]
+    ) -> tuple[list[float], list[Tensor | None]]:
+        """Returns the numbers of these names, and tensors for lr, weight_decay and lamb where the
+        host must not know them."""
+        pairs = {name: _split(getattr(self, name), device) for name in _TENSORS[:3]}
+        numbers = [float(pairs[n][0] if n in pairs else getattr(self, n)) for n in names]
+        return numbers, [tensor for _, tensor in pairs.values()]
 
     @classmethod
     def from_arguments(
@@ -166,7 +169,8 @@ SCHEMA = f"str rule, str filter, float[] numbers, {_AT}{_SCALES}"
 NATIVE_SCHEMA = f"int rule, int filter, float[] numbers, {_AT}{_SCALES}"
 
 
-class Vocabulary(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
     """What a fast form knows, as it says itself.
 
     Args:
@@ -177,6 +181,10 @@ class Vocabulary(NamedTuple):
     rules: Mapping[str, int]
     filters: Mapping[str, int]
     numbers: tuple[str, ...]
+    read: Callable[[Settings], tuple[float, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "read", attrgetter(*self.numbers))
 
     @classmethod
     def parse(cls, text: str) -> "Vocabulary":
