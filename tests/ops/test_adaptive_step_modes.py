@@ -95,7 +95,7 @@ def test_the_table_has_every_enumerator_under_its_own_name(table):
     text = HEADER.read_text()
     rows = re.search(rf"{table}\[\] = (.*?);\n", text, re.S)[1]
     kind = {"kRules": "Rule", "kFilters": "Filter"}[table]
-    enumerators = re.search(rf"enum {kind} : int64_t {{(.*?)}}", text)[1].split(", ")
+    enumerators = re.findall(r"\w+", re.search(rf"enum {kind} : int64_t {{(.*?)}}", text)[1])
     pairs = dict(re.findall(r'{"(\w+)", (\w+)}', rows))
     assert sorted(pairs.values()) == sorted(enumerators)
     assert all(f"k{name.replace('_', '')}".lower() == k.lower() for name, k in pairs.items())
