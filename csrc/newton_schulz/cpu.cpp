@@ -43,7 +43,7 @@ struct Team {
   float* sums;
   int64_t sums_size;  // of one thread
 
-  // Calls task(i, sums) for i in [0, count), whoever is free.
+  // Calls task(i, sums) for i in [0, count), each on the next free thread.
   template <class Task>
   void share(int64_t count, const Task& task) const {
     if (threads == 1) {

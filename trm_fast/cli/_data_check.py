@@ -1,4 +1,4 @@
-"""Reads data sets to their end, and tells what is in them and what is wrong."""
+"""Reads data sets to their end, and says what is in them and what is wrong."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from trm_fast.data.synthetic.listops import WORDS, evaluate_listops, listops_tok
 
 Array = NDArray[Any]
 
-_SHOWN = 20  # bad rows that are told one by one
+_SHOWN = 20  # bad rows that are listed one by one
 _CHUNK = 1 << 14  # rows that are looked at together
 _SUFFIXES = (".csv", ".jsonl", ".ndjson")
 _COLUMNS = ("question", "answer")
@@ -43,7 +43,7 @@ class _Part:
         kind: of puzzles.
         data: the good rows; None if there is none.
         rows: how many were read, the bad ones too; 0 if the data has no rows of text.
-        told: further words on them.
+        remarks: further words on them.
         faults: "place: reason" of the first ones.
         bad: how many there are.
     """
@@ -52,7 +52,7 @@ class _Part:
     kind: str = "puzzles"
     data: PuzzleSet | None = None
     rows: int = 0
-    told: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     bad: int = 0
 
@@ -100,8 +100,8 @@ def check(path: Path) -> int:
         print(printable(f"{part.name}: {part.kind}, {'; '.join(_told(part))}"))
     by_name = {part.name: part for part in parts}
     if len(by_name) > 1:
-        told = f"{repeats:,} are in train too, first: {first}" if repeats else "none is in train"
-        print(printable(f"questions of the test: {told}"))
+        shown = f"{repeats:,} are in train too, first: {first}" if repeats else "none is in train"
+        print(printable(f"questions of the test: {shown}"))
     faults = list(chain.from_iterable(part.faults for part in parts))[:_SHOWN]
     for fault in faults:
         print(printable(fault))
@@ -147,7 +147,7 @@ def _read_official(folder: Path, split: str) -> Iterator[_Part]:
         part = _Part(split if len(sets) == 1 else f"{split} ({name})", data=data)
         meta = data.metadata
         puzzles = f"{meta.total_puzzles:,} puzzles in {meta.total_groups:,} groups"
-        part.told.append(f"{len(data):,} examples of {puzzles}")
+        part.remarks.append(f"{len(data):,} examples of {puzzles}")
         part.kind = _kind_of(data)
         yield part
 
@@ -200,7 +200,7 @@ def _read_rows(path: Path) -> _Part:
     part.rows = counts.read
     if counts.duplicated:
         first = counts.first_duplicate
-        part.told.append(f"{counts.duplicated:,} repeat an earlier question ({first})")
+        part.remarks.append(f"{counts.duplicated:,} repeat an earlier question ({first})")
     return part
 
 
@@ -305,7 +305,7 @@ _RULES = {"sudoku": _sudoku_faults, "maze": _maze_faults}
 def _told(part: _Part) -> list[str]:
     """Says how many rows there are and what they are like."""
     rows = [f"{part.rows:,} rows, {part.rows - part.bad:,} good and {part.bad:,} bad"]
-    return [*(rows if part.rows else []), *part.told, *_sizes(part)]
+    return [*(rows if part.rows else []), *part.remarks, *_sizes(part)]
 
 
 def _sizes(part: _Part) -> list[str]:
@@ -323,15 +323,15 @@ def _sizes(part: _Part) -> list[str]:
         lengths.append((inputs != meta.pad_id).sum(axis=1))
         blanks.append((inputs > 1).sum(axis=1))
     used[meta.pad_id] = False
-    told = [f"{meta.seq_len:,} tokens each"]
+    shown = [f"{meta.seq_len:,} tokens each"]
     longest = np.concatenate(lengths)
     if longest.min() < meta.seq_len:
-        told.append(f"{longest.min()} to {longest.max()} without padding")
-    told.append(f"vocabulary {meta.vocab_size:,}, of which {int(used.sum())} and padding are used")
+        shown.append(f"{longest.min()} to {longest.max()} without padding")
+    shown.append(f"vocabulary {meta.vocab_size:,}, of which {int(used.sum())} and padding are used")
     if part.kind == "sudoku":
         clues = np.concatenate(blanks)
-        told.append(f"{clues.min()} to {clues.max()} clues")
-    return told
+        shown.append(f"{clues.min()} to {clues.max()} clues")
+    return shown
 
 
 def _shared(parts: list[_Part]) -> tuple[int, str]:

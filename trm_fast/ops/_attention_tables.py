@@ -74,7 +74,7 @@ def _is_computed(table: Tensor) -> bool:
 def _from_dispatcher(
     length: int, dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    # A copy, since whoever gets the result of an operator may overwrite it.
+    # A copy, since the caller may overwrite the result of an operator.
     return rotary_tables(length, dim, theta, dtype, device).clone()
 
 

@@ -21,7 +21,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Returns a context in which operators on the device of ``x`` keep the dtype of their inputs.
 
     Needed in the forward and in the backward of an op that has chosen its dtype: a backward pass
-    runs under the autocast of whoever calls it.
+    runs under the autocast of its caller.
     """
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if _is_on(kind) else nullcontext()

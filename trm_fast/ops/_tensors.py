@@ -29,7 +29,7 @@ def in_order_of(tensor: Tensor, other: Tensor) -> Tensor:
         return tensor.contiguous()
     if same_order(tensor, other):
         return tensor
-    # Not empty_like: it leaves the order of `other` where that cannot be told from its strides.
+    # Not empty_like: it leaves the order of `other` where its strides do not show it.
     return torch.empty_strided(
         other.shape, other.stride(), dtype=tensor.dtype, device=tensor.device
     ).copy_(tensor)

@@ -22,9 +22,9 @@ def explained(who: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        told = OSError(f"{who}: {error.filename or path}: {error.strerror}")
-        told.errno = error.errno
-        raise told from error
+        explained_error = OSError(f"{who}: {error.filename or path}: {error.strerror}")
+        explained_error.errno = error.errno
+        raise explained_error from error
 
 
 def temporary(directory: Path) -> Path:

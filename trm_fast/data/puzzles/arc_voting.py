@@ -89,8 +89,8 @@ class ArcVoting:
             return
         trust = q_halt.double().sigmoid().cpu().numpy()[rows]
         asked = crop(inputs.cpu().numpy()[rows])
-        told = crop(predictions.cpu().numpy()[rows])
-        for identifier, question, answer, q in zip(ids[rows], asked, told, trust, strict=True):
+        answered = crop(predictions.cpu().numpy()[rows])
+        for identifier, question, answer, q in zip(ids[rows], asked, answered, trust, strict=True):
             self._vote(int(identifier), question, answer, float(q))
 
     def _vote(self, identifier: int, question: Array, answer: Array, q: float) -> None:

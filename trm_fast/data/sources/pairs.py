@@ -202,13 +202,13 @@ def _encode(
     """Tokens of the good rows; fills in the reasons of those whose tokens are wrong."""
     places = [i for i, reason in enumerate(reasons) if reason is None]
     asked = codec.tokens([chunk[i].fields[question] for i in places])
-    told = codec.tokens([chunk[i].fields[answer] for i in places])
+    answered = codec.tokens([chunk[i].fields[answer] for i in places])
     bad = np.zeros(len(places), dtype=bool)
-    for mask, reason in codec.faults(asked, told):
+    for mask, reason in codec.faults(asked, answered):
         for i in np.flatnonzero(mask & ~bad):
             reasons[places[i]] = reason
         bad |= mask
-    return asked[~bad], told[~bad]
+    return asked[~bad], answered[~bad]
 
 
 def _sort_out(chunk: list[Row], reasons: list[str | None], guard: RowGuard) -> list[int]:

@@ -234,7 +234,7 @@ class GrokFastOptimizer(Optimizer):
             }
             self.inner.load_state_dict({"state": state, "param_groups": groups})
         else:
-            # The filter refuses amsgrad, which is the affair of the optimizer inside.
+            # The filter refuses amsgrad, which only the optimizer inside knows.
             own = [{k: v for k, v in group.items() if k != "amsgrad"} for group in groups]
             loaded = {"state": filters, "param_groups": own}
             self.inner.load_state_dict({**loaded, "optimizer": {**inside, "param_groups": groups}})

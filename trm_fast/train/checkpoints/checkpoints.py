@@ -14,7 +14,7 @@ deleted, also by renaming them first. No directory is ever written again.
 
 Reading trusts nothing: names in the manifest are plain file names, links are not followed, sizes
 and then sha256 are compared before a file is parsed, and nothing is executed. A checkpoint in which
-anything is wrong is passed over for the next older one, and the reason is told.
+anything is wrong is passed over for the next older one, and the reason is reported.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ class Checkpoints:
         _require(score is None or math.isfinite(score), "score must be finite or None", score)
         tensors, trees = _parts_of(state)
         _require_finite(tensors)
-        extra, told = flatten(dict(summary or {}), "summary")
+        extra, described_summary = flatten(dict(summary or {}), "summary")
         _require(not extra, "summary must hold plain values only", ", ".join(extra))
         serial = 1 + max((info.serial for info in self.list()), default=0)
         described = dumps(
@@ -125,7 +125,7 @@ class Checkpoints:
                 "step": step,
                 "serial": serial,
                 "score": None if score is None else float(score),
-                "summary": told,
+                "summary": described_summary,
                 "parts": trees,
             }
         )
@@ -206,8 +206,8 @@ class Checkpoints:
             _files.sync_directory(self.directory)
         except OSError as error:
             # The save itself is done and durable.
-            told = f"checkpoint: old ones in {self.directory} are not deleted: {error.strerror}"
-            warnings.warn(told, stacklevel=3)
+            message = f"checkpoint: old ones in {self.directory} are not deleted: {error.strerror}"
+            warnings.warn(message, stacklevel=3)
             return
         for unfinished in renamed:
             _files.remove(unfinished)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory; nothing in it is trusted. Its form is told in checkpoint.py."""
+"""Reading a checkpoint directory; nothing in it is trusted. See checkpoints.py for its layout."""
 
 import os
 import re
@@ -127,8 +127,8 @@ def _tensors(
     try:
         found = from_safetensors(_contents(path, name, manifest))
     except ValueError as error:
-        told = str(error)
-        raise ValueError(told if told.startswith(name) else f"{name} {told}") from None
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(name) else f"{name} {reason}") from None
     return {key: tensor.to(device) for key, tensor in found.items()}
 
 

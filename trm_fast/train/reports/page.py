@@ -31,7 +31,7 @@ th { font-weight: 600; white-space: nowrap; } td:first-child { white-space: nowr
 summary { cursor: pointer; font-size: 1.15rem; font-weight: 600; margin: 2.2rem 0 .5rem; }
 """
 _MOST = 200  # evaluations and events; all of them are in the files of the run
-# What is told above the tables of a run, as it must not be overlooked.
+# What stands above the tables of a run, as it must not be overlooked.
 _LOUD = ("interrupted", "stopped", "unfinished", "empty")
 
 
@@ -110,8 +110,8 @@ def _table(table: Table) -> Iterator[str]:
 
 def _drawing(curves: str) -> str:
     """Returns the SVG with a name for those who do not see it."""
-    told = '<svg role="img" aria-label="loss, accuracy and steps per second over steps"'
-    return re.sub(r"^<svg", told, curves, count=1)
+    opening = '<svg role="img" aria-label="loss, accuracy and steps per second over steps"'
+    return re.sub(r"^<svg", opening, curves, count=1)
 
 
 def _text(text: str) -> str:

@@ -1,7 +1,7 @@
 """What a run has been, read from its directory without its tensors.
 
-A run that was killed, that still goes on, or that has recorded nothing yet is told as such. What
-cannot be read is an error, and what had to be left out is among the notes.
+A run that was killed, that still goes on, or that has recorded nothing yet is reported as such.
+What cannot be read is an error, and what had to be left out is among the notes.
 """
 
 import math

@@ -112,9 +112,9 @@ def checkpoints(report: RunReport) -> Table:
         marks = ", ".join(role for role, pointed in roles if pointed == name)
         score = "-" if info.score is None else number(info.score)
         # All metrics of a step stand among the evaluations.
-        told = _summary(report.monitor, info.summary.get(report.monitor))
+        shown = _summary(report.monitor, info.summary.get(report.monitor))
         size = size_text(info.size) if info.damage is None else "-"
-        rows.append((name, size, score, marks, told if info.damage is None else info.damage))
+        rows.append((name, size, score, marks, shown if info.damage is None else info.damage))
     header = ("checkpoint", "size", "score", "", report.monitor or "evaluation")
     return Table("checkpoints (contents are verified when they are loaded)", header, rows)
 
@@ -127,12 +127,12 @@ def _summary(name: str, value: Any) -> str:
 
 def backends(report: RunReport) -> Table:
     """What ran each op that the run has called, and why nothing faster did; each process that goes
-    on with a run tells it anew."""
+    on with a run reports it again."""
     rows = []
     for name, op in report.backends.items():
         fallbacks = op.get("fallbacks", {})
         for call, backend in op.get("calls", {}).items():
-            reasons = [reason for told, reason in fallbacks.items() if told.startswith(f"{call} ")]
+            reasons = [reason for name, reason in fallbacks.items() if name.startswith(f"{call} ")]
             rows.append((name, call, str(backend), "; ".join(map(str, reasons)) or "-"))
     return Table(
         "backends (in the last process of the run)", ("op", "call", "ran on", "not on"), rows
