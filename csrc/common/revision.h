@@ -5,5 +5,5 @@
 #include <cstdint>
 
 namespace trm_fast {
-constexpr int64_t kRevision = 4;
+constexpr int64_t kRevision = 5;
 }
