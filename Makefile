@@ -36,8 +36,9 @@ quick: build ## run the tests that take less than a minute: no compiler, process
 test-long: build ## run what takes minutes: a wheel from scratch, every GPU, full grids, kills
 	$(PYTEST) -m long
 
+# Options of pytest and pytest-benchmark, such as BENCH="-k muon --benchmark-json=muon.json".
 bench: build $(INSTALLED_BENCH) ## compare speed with torch and other packages
-	$(BIN)/pytest bench
+	$(BIN)/pytest bench $(BENCH)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check

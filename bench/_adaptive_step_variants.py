@@ -1,6 +1,6 @@
 """Every way to take a GrokFast AdamW step that ``bench_adaptive_step.py`` compares."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -12,8 +12,11 @@ from torch.optim import AdamW, Optimizer
 import trm_fast
 from trm_fast._dispatch import ORDER
 
+from ._tables import Unavailable
+
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 1e-2
 ALPHA, LAMB = 0.98, 2.0
+FILTER = {"grokfast_alpha": ALPHA, "grokfast_lamb": LAMB}
 ADAMW = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 BF16 = {"exp_avg": torch.bfloat16, "grok_exp_avg": torch.bfloat16}
 
@@ -24,12 +27,19 @@ FORMS = {
 }
 FUSED, FOREACH_FUSED = "AdamW fused", "foreach filter + AdamW fused"
 OFFICIAL_FUSED = "official filter + AdamW fused"
+OURS = "trm_fast "
 
 # Bytes per parameter and step. In one pass over float32: param 8, grad 4, and 8 for each state. A
 # chain of operators: 4 for each operand that one of them reads or writes.
 ONE_PASS, ONE_PASS_BF16, ONE_PASS_PLAIN = 36, 28, 28
 ADAMW_BYTES = {"fused": 28, "foreach": 80, "for-loop": 80}
 OFFICIAL_BYTES, FOREACH_BYTES = 48, 24
+# Other packages: bytes per parameter and step, and options.
+FOREIGN = {
+    # It multiplies the decay by lr over the first lr, where AdamW multiplies by lr.
+    "grokfast-pytorch": (128, {"weight_decay": LR * WEIGHT_DECAY, **FILTER}),
+    "pytorch-optimizer": (104, {"weight_decay": WEIGHT_DECAY, **FILTER}),
+}
 
 Params = Sequence[Tensor]
 
@@ -59,67 +69,60 @@ class Variant:
     foreign: bool = False
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A variant that cannot run, and why."""
+def variant(name: str, params: Params, device: str) -> Variant:
+    """Makes one variant, with states of its own, for given parameters.
 
-    name: str
-    reason: str
-
-
-def variants(params: Params, device: str) -> Iterator[Variant | Missing]:
-    """Makes all variants, each with states of its own, for the same parameters."""
-    yield from _ours(params, device)
-    for form, options in FORMS.items():
-        adamw = AdamW(params, **ADAMW, **options)
-        name, size = f"AdamW {form}", ADAMW_BYTES[form]
-        yield _variant(name, adamw, size, one_pass=form == "fused", filtered=False)
-    for form, options in FORMS.items():
-        adamw = AdamW(params, **ADAMW, **options)
-        name, size = f"official filter + AdamW {form}", OFFICIAL_BYTES + ADAMW_BYTES[form]
-        yield _behind_filter(name, OfficialFilter(params), adamw, size)
-    adamw = AdamW(params, **ADAMW, fused=True)
-    size = FOREACH_BYTES + ADAMW_BYTES["fused"]
-    yield _behind_filter(FOREACH_FUSED, ForeachFilter(params), adamw, size)
-    yield _grokfast_pytorch(params)
-    yield _pytorch_optimizer(params)
+    Raises:
+        Unavailable: it cannot run here.
+    """
+    if name.startswith(OURS):
+        backend, _, detail = name.removeprefix(OURS).partition(", ")
+        return _our(params, device, backend, detail)
+    if name in FOREIGN:
+        return _foreign(name, params)
+    front, _, form = name.rpartition("AdamW ")
+    adamw = AdamW(params, **ADAMW, **FORMS[form])
+    size = ADAMW_BYTES[form]
+    if front == "":
+        return _variant(name, adamw, size, one_pass=form == "fused", filtered=False)
+    if front == "official filter + ":
+        return _behind_filter(name, OfficialFilter(params), adamw, OFFICIAL_BYTES + size)
+    return _behind_filter(name, ForeachFilter(params), adamw, FOREACH_BYTES + size)
 
 
-def our_name(backend: str, detail: str = "") -> str:
-    return f"trm_fast {backend}" + (f", {detail}" if detail else "")
+def names(device: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of all variants on a device, and those that are left out by default."""
+    fast = [f"{OURS}{backend}" for backend in ORDER[device] if backend != "reference"]
+    first = [name + detail for detail in ("", ", bf16 states", ", lamb=0") for name in fast]
+    first += [FUSED, FOREACH_FUSED, OFFICIAL_FUSED, "grokfast-pytorch"]
+    plain = [f"AdamW {form}" for form in FORMS if form != "fused"]
+    official = [f"official filter + {name}" for name in plain]
+    return tuple(first), (f"{OURS}reference", *plain, *official, "pytorch-optimizer")
 
 
-def _ours(params: Params, device: str) -> Iterator[Variant | Missing]:
-    states = trm_fast.backends()["adaptive_step"][device]
-    usable = [backend for backend in ORDER[device] if states[backend] in ("usable", "chosen")]
-    fast = [backend for backend in usable if backend != "reference"]
-    for backend in ORDER[device]:
-        if backend in usable:
-            # The reference is a chain of operators that nobody has counted.
-            one_pass = backend != "reference"
-            yield _our(params, backend, "", ONE_PASS if one_pass else None, one_pass=one_pass)
-        else:
-            yield Missing(our_name(backend), states[backend])
-    for backend in fast:
-        yield _our(params, backend, "bf16 states", ONE_PASS_BF16, bf16=True, state_dtype=BF16)
-    for backend in fast:
-        yield _our(params, backend, "lamb=0", ONE_PASS_PLAIN, filtered=False, lamb=0.0)
-
-
-def _our(
-    params: Params,
-    backend: str,
-    detail: str,
-    size: float | None,
-    one_pass: bool = True,
-    filtered: bool = True,
-    bf16: bool = False,
-    **options: Any,
-) -> Variant:
-    options = {"alpha": ALPHA, "lamb": LAMB} | options
+def _our(params: Params, device: str, backend: str, detail: str) -> Variant:
+    reason = trm_fast.backends()["adaptive_step"][device][backend]
+    if reason not in ("usable", "chosen"):
+        raise Unavailable(reason)
+    size: float | None = ONE_PASS
+    options: dict[str, Any] = {"alpha": ALPHA, "lamb": LAMB}
+    if detail == "bf16 states":
+        size, options["state_dtype"] = ONE_PASS_BF16, BF16
+    elif detail == "lamb=0":
+        size, options["lamb"] = ONE_PASS_PLAIN, 0.0
+    if backend == "reference":
+        # A chain of operators that nobody has counted.
+        size = None
     optimizer = trm_fast.GrokFastAdamW(params, **ADAMW, **options, backend=backend)
-    facts = {"one_pass": one_pass, "filtered": filtered, "bf16": bf16}
-    return _variant(our_name(backend, detail), optimizer, size, **facts)
+    filtered, bf16 = options["lamb"] != 0, "state_dtype" in options
+    return _variant(
+        f"{OURS}{backend}" + (f", {detail}" if detail else ""),
+        optimizer,
+        size,
+        one_pass=size is not None,
+        filtered=filtered,
+        bf16=bf16,
+    )
 
 
 def _variant(name: str, optimizer: Optimizer, size: float | None, **facts: bool) -> Variant:
@@ -178,24 +181,12 @@ class ForeachFilter:
         torch._foreach_add_(grads, means, alpha=LAMB)
 
 
-def _grokfast_pytorch(params: Params) -> Variant | Missing:
-    # It multiplies the decay by lr over the first lr, where AdamW multiplies by lr.
-    options = {"weight_decay": LR * WEIGHT_DECAY, "grokfast_alpha": ALPHA, "grokfast_lamb": LAMB}
-    return _foreign("grokfast-pytorch", "grokfast_pytorch", params, 128, options)
-
-
-def _pytorch_optimizer(params: Params) -> Variant | Missing:
-    options = {"weight_decay": WEIGHT_DECAY, "grokfast_alpha": ALPHA, "grokfast_lamb": LAMB}
-    return _foreign("pytorch-optimizer", "pytorch_optimizer", params, 104, options)
-
-
-def _foreign(
-    package: str, module: str, params: Params, size: float, options: dict[str, Any]
-) -> Variant | Missing:
+def _foreign(package: str, params: Params) -> Variant:
+    size, options = FOREIGN[package]
     try:
-        optimizer_class = import_module(module).GrokFastAdamW
+        optimizer_class = import_module(package.replace("-", "_")).GrokFastAdamW
     except ImportError as error:
-        return Missing(package, f"{error}: pip install {package}")
+        raise Unavailable(f"{error}: pip install {package}") from error
     # Without this the learning rate would be divided by 1 + lamb.
     options = ADAMW | options | {"normalize_lr": False}
     return _variant(package, optimizer_class(params, **options), size, one_pass=False, foreign=True)

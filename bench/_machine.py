@@ -1,48 +1,52 @@
-"""Says on what a run was measured."""
+"""Says on what a run was measured, beyond what pytest-benchmark finds out itself."""
 
 import os
-import platform
 import re
 import subprocess
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import trm_fast
 
-ROOT = Path(__file__).parents[1]
+# The measured code, which may be another checkout than that of the bench.
+ROOT = Path(trm_fast.__file__).parents[1]
 PACKAGES = ("triton", "grokfast-pytorch", "pytorch-optimizer")
 
 
-def facts() -> dict[str, object]:
-    """Returns machine, versions, date and commit of a run; nothing that names its owner."""
+def machine() -> dict[str, Any]:
+    """Returns what two runs must share if their times are to be compared."""
     return {
-        "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "trm_fast": trm_fast.__version__,
-        "compiler": _compiler(Path(trm_fast.__file__).parent / "_cpu.so"),
         "packages": {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"model name\s*: (.+)", text)
-    return found[1].strip() if found else platform.machine()
+def commit() -> dict[str, Any]:
+    """Returns what was measured, and how busy the machine was when the run began."""
+    return {
+        "trm_fast": trm_fast.__version__,
+        "trm_fast_commit": _commit(),
+        "compiler": _compiler(Path(trm_fast.__file__).parent / "_cpu.so"),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def heading(machine: dict[str, Any], commit: dict[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, CUDA {machine['cuda']}; " if machine["gpu"] else ""
+    return (
+        f"{gpu}{machine['cores']} cores, threads: {machine['threads']}, "
+        f"{machine['cpu_capability']}, load average {commit['load_average']} at the start; "
+        f"trm_fast {commit['trm_fast']} ({commit['compiler'] or 'cpp not built'}), torch "
+        f"{machine['torch']}, commit {commit['trm_fast_commit'] or 'unknown'}"
+    )
 
 
 def _compiler(library: Path) -> str | None:
@@ -61,10 +65,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    found = _git("rev-parse", "HEAD")
+    if found is None:
         return None
-    return f"{commit}, changed" if _git("status", "--porcelain", "-uno") else commit
+    return f"{found}, changed" if _git("status", "--porcelain", "-uno") else found
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
+from trm_fast._dispatch import ORDER
 from trm_fast.ops import OPS, newton_schulz_
 from trm_fast.ops._newton_schulz_sets import restarts_of
+
+from ._tables import Unavailable
 
 KELLER = (3.4445, -4.7750, 2.0315)  # torch's own, so that all take the same steps
 STEPS = 5
@@ -31,25 +34,37 @@ def _torch(matrices: Sequence[Tensor]) -> None:
         matrix.copy_(_zeropower_via_newtonschulz(matrix, KELLER, STEPS, 1e-7))
 
 
-def _torch_alone(matrices: Sequence[Tensor]) -> list[Tensor]:
+def torch_alone(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The same without the copy into place, which torch is not charged for."""
     return [_zeropower_via_newtonschulz(matrix, KELLER, STEPS, 1e-7) for matrix in matrices]
 
 
-def torch_variant(timed: bool) -> Variant:
-    """Returns torch's loop; timed, it is not charged for the copy into place."""
-    return Variant(TORCH, _torch_alone if timed else _torch)
+def our_names(device: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns names of ours on a device, and of those that are left out by default."""
+    found = [
+        f"trm_fast {backend} {method} {label}"
+        for label in DTYPES
+        for backend in ORDER[device]
+        # "standard" only where it differs.
+        for method in ("standard" if backend == "reference" else "symmetric", "gram")
+    ]
+    fast = tuple(name for name in found if "reference" not in name and name.endswith("bf16"))
+    return fast, tuple(name for name in found if name not in fast)
 
 
-def our_variants(device: str) -> list[Variant]:
-    """Returns ours for each backend that runs on the device, "standard" only where it differs."""
-    found = []
-    for label, dtype in DTYPES.items():
-        for backend in ("cpp", "triton", "reference"):
-            if OPS["newton_schulz"].reason(backend, device, frozenset({dtype})) is None:
-                first = "standard" if backend == "reference" else "symmetric"
-                for method in (first, "gram"):
-                    found.append(_ours(backend, method, label))
-    return found
+def variant(name: str, device: str) -> Variant:
+    """Returns a variant by its name.
+
+    Raises:
+        Unavailable: it cannot run here.
+    """
+    if name == TORCH:
+        return Variant(TORCH, _torch)
+    backend, method, label = name.split()[1:]
+    reason = OPS["newton_schulz"].reason(backend, device, frozenset({DTYPES[label]}))
+    if reason is not None:
+        raise Unavailable(reason)
+    return _ours(backend, method, label)
 
 
 def _ours(backend: str, method: str, label: str) -> Variant:

@@ -1,99 +1,120 @@
-"""Times many variants side by side in one run; the choices are explained in bench/README.md."""
+"""Times many rows in turns within one run; the choices are explained in bench/README.md."""
 
 import gc
 import itertools
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from time import perf_counter
 
 import torch
 
-# Timed seconds for one variant in one table: keeps four tables of 14 variants below three minutes.
-SECONDS = 3.0
+from ._tables import Row
+
 # A turn must outlast what the turn before has left behind in caches and clocks.
 TURN_SECONDS = 0.01
-LEAST_ROUNDS, LEAST_STEPS = 3, 3
+TURNS, STEPS_OF_A_TURN = 20, 3
+# From here on a step itself outlasts that, and one of them is a turn.
+SLOW_SECONDS = 0.05
 
 
-def _nothing() -> None:
-    pass
+@dataclass(frozen=True)
+class Budget:
+    """What a row may take: about ``seconds``, but never fewer than ``samples`` timed steps."""
+
+    seconds: float
+    samples: int
 
 
 @dataclass(eq=False)
-class Job:
-    """What is timed: ``prepare()``, not timed, stands before every ``step()``.
-
-    Args:
-        name: how the row is called.
-        step: the call that is timed.
-        prepare: puts the inputs of the next step in place.
-        seconds: timed steps; filled by ``interleave``.
-    """
-
-    name: str
-    step: Callable[[], object]
-    prepare: Callable[[], None] = _nothing
+class _Job:
+    row: Row
     seconds: list[float] = field(default_factory=list)
+    error: Exception | None = None
+    turns: int = 0
+    untimed: int = 0
+    steps: int = 0
+
+    def run(self, clock: Callable[[Row, int], list[float]]) -> None:
+        """Takes one turn. What it raises ends the job, and not the run."""
+        try:
+            found = clock(self.row, self.untimed + self.steps)
+        except Exception as error:
+            self.error = error
+        else:
+            self.seconds += [second / self.row.items for second in found[self.untimed :]]
+
+    def plan(self, clock: Callable[[Row, int], list[float]], budget: Budget) -> None:
+        """Takes two steps as a warm-up, and decides on turns by what the second takes."""
+        try:
+            clock(self.row, 1)
+            start = perf_counter()
+            clock(self.row, 1)
+            whole = perf_counter() - start
+        except Exception as error:
+            self.error = error
+            return
+        if whole < SLOW_SECONDS:
+            # The first step brings caches and branch predictors to where the row leaves them.
+            self.untimed = 1
+            self.steps = max(STEPS_OF_A_TURN, round(TURN_SECONDS / whole))
+        else:
+            self.steps = 1
+        affordable = round(budget.seconds / (whole * (self.untimed + self.steps)))
+        self.turns = max(min(TURNS, affordable), ceil(budget.samples / self.steps))
 
 
-def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the first quartile, the median and the third quartile."""
-    if len(seconds) == 1:
-        return (seconds[0],) * 3
-    return tuple(statistics.quantiles(seconds, n=4, method="inclusive"))
-
-
-def interleave(jobs: Sequence[Job], rounds: int, device: str) -> None:
-    """Gives every job its turns, one job after the other in each round, in an order that changes.
+def interleave(
+    rows: Mapping[str, Row], budget: Budget, device: str
+) -> dict[str, list[float] | Exception]:
+    """Gives every row its turns, one row after the other in each round, in an order that changes.
 
     Args:
-        jobs: what is timed; each has taken a step before.
-        rounds: rounds with all jobs; slow jobs take part in fewer of them, evenly spread.
+        rows: what is timed; each has taken a step before.
+        budget: what a row may take; slow rows get fewer turns, evenly spread.
         device: "cpu" or "cuda".
+
+    Returns:
+        The times of an item of each row, or what one of its steps has raised.
     """
     clock = _seconds_on_cuda if device == "cuda" else _seconds_on_cpu
+    jobs = {name: _Job(row) for name, row in rows.items()}
     gc.collect()
     gc.disable()
     try:
-        plans = {job: _plan(min(clock(job, 2)), rounds) for job in jobs}  # the warm-up
+        for job in jobs.values():
+            job.plan(clock, budget)
+        rounds = max(job.turns for job in jobs.values())
         for turn in range(rounds):
-            # Another neighbour in each round, so that none is a burden to one job only.
-            for job in random.Random(turn).sample(jobs, len(jobs)):
-                turns, steps = plans[job]
-                if turn * turns // rounds != (turn - 1) * turns // rounds:
-                    # The first step of a turn brings caches and branch predictors to its own state.
-                    job.seconds += clock(job, 1 + steps)[1:]
+            # Another neighbour in each round, so that none is a burden to one row only.
+            for job in random.Random(turn).sample([*jobs.values()], len(jobs)):
+                its_turn = turn * job.turns // rounds != (turn - 1) * job.turns // rounds
+                if its_turn and job.error is None:
+                    job.run(clock)
     finally:
         gc.enable()
+    return {name: job.error or job.seconds for name, job in jobs.items()}
 
 
-def _plan(seconds: float, rounds: int) -> tuple[int, int]:
-    """Returns the number of turns, and of timed steps in one turn, for a step of this length."""
-    steps = max(LEAST_STEPS, round(TURN_SECONDS / seconds))
-    affordable = round(SECONDS / (seconds * (1 + steps)))
-    return min(rounds, max(LEAST_ROUNDS, affordable)), steps
-
-
-def _seconds_on_cpu(job: Job, steps: int) -> list[float]:
+def _seconds_on_cpu(row: Row, steps: int) -> list[float]:
     seconds = []
     for _ in range(steps):
-        job.prepare()
+        row.prepare()
         start = perf_counter()
-        job.step()
+        row.step()
         seconds.append(perf_counter() - start)
     return seconds
 
 
-def _seconds_on_cuda(job: Job, steps: int) -> list[float]:
+def _seconds_on_cuda(row: Row, steps: int) -> list[float]:
     """Launches all steps before it waits, so that the host counts only where it is slower."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
     torch.cuda.synchronize()
     for start, end in events:
-        job.prepare()
+        row.prepare()
         start.record()
-        job.step()
+        row.step()
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in events]

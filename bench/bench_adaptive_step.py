@@ -1,10 +1,11 @@
 """The optimizer step: ours beside torch's AdamW, filters in front of it, and other packages.
 
-Each item measures all variants of one model size on one device, in turns, after it has checked
-that they take the same step. What is printed below a table is computed from that table.
+A table is one model size on one device with warm or with cold caches. A row is measured after it
+has taken the step of the formula in float64.
 """
 
-import pytest
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,20 +13,17 @@ from ._adaptive_step_variants import (
     ALPHA,
     BETAS,
     EPS,
-    FOREACH_FUSED,
     FUSED,
     LAMB,
     LR,
-    OFFICIAL_FUSED,
     WEIGHT_DECAY,
-    Missing,
     Variant,
-    our_name,
-    variants,
+    names,
+    variant,
 )
-from ._report import Row, Run, Table, in_bytes
-from ._timing import Job, extra_bytes, interleave
-from ._workload import COPY, SIZES, Workload, copy_job
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
+from ._timing import extra_bytes
+from ._workload import CACHES, COPY, SIZES, Workload, copy_row
 
 CHECKED_STEPS = 3
 
@@ -88,85 +86,58 @@ def _check(workload: Workload, variant: Variant, truth: list[Tensor]) -> None:
         )
 
 
-def _checked(workload: Workload, missing: dict[str, str]) -> list[Variant]:
-    """Returns the variants that may be timed; the others get a reason."""
-    truths = {True: _truth(workload, LAMB), False: _truth(workload, 0.0)}
-    kept = []
-    for variant in variants(workload.params, workload.device):
-        if isinstance(variant, Missing):
-            missing[variant.name] = variant.reason
-            continue
+class AdaptiveStep:
+    """Variants of the step on shared parameters."""
+
+    baselines = (FUSED,)
+    floor = COPY
+    unit = "B"
+
+    def __init__(self, size: str, device: str, caches: str) -> None:
+        self.device = device
+        self.workload = Workload(SIZES[size], device, caches)
+        self.truths: dict[bool, list[Tensor]] = {}
+
+    def row(self, name: str) -> Row:
+        if name == COPY:
+            return copy_row(self.workload)
+        chosen = variant(name, self.workload.params, self.device)
+        self._check(chosen)
+        size = chosen.bytes_per_param
+        work = None if size is None else size * self.workload.size
+        return Row(
+            chosen.step, self.workload.backward, work=work, least=chosen.one_pass,
+            facts=lambda: self._facts(chosen),
+        )  # fmt: skip
+
+    def _check(self, chosen: Variant) -> None:
+        lamb = LAMB if chosen.filtered else 0.0
+        if chosen.filtered not in self.truths:
+            self.truths[chosen.filtered] = _truth(self.workload, lamb)
         try:
-            _check(workload, variant, truths[variant.filtered])
+            _check(self.workload, chosen, self.truths[chosen.filtered])
         except AssertionError as error:
-            if not variant.foreign:
+            if not chosen.foreign:
                 raise
-            missing[variant.name] = f"takes another step: {error}"
-            continue
-        kept.append(variant)
-    return kept
+            raise Unavailable(f"takes another step: {error}") from error
+
+    def _facts(self, chosen: Variant) -> dict[str, Any]:
+        states = sum(state.nbytes for state in chosen.states()) / self.workload.size
+        extra = extra_bytes(self.workload.backward_into_new, chosen.step, self.device)
+        return {"state_bytes_per_parameter": states, "extra_bytes": extra}
 
 
-def _measure(workload: Workload, kept: list[Variant], rounds: int) -> list[Row]:
-    copy, copied = copy_job(workload)
-    jobs = [Job(variant.name, variant.step, workload.backward) for variant in kept]
-    extras = []
-    for variant in kept:
-        extras.append(extra_bytes(workload.backward_into_new, variant.step, workload.device))
-    interleave([*jobs, copy], rounds, workload.device)
-    rows = [
-        _row(workload, variant, job.seconds, extra)
-        for variant, job, extra in zip(kept, jobs, extras, strict=True)
-    ]
-    return [*rows, Row(COPY, copy.seconds, copied)]
+def _case(size: str, device: str, caches: str) -> Case:
+    rows, more = names(device)
+    title = f"GrokFast AdamW, {size}, {caches} caches, {device}"
+    # The largest model leaves nothing of itself in a cache: its warm step is a cold one.
+    default = size != "TRM 27M"
+    return Case(
+        f"{size}-{device}-{caches}", title, lambda: AdaptiveStep(size, device, caches),
+        (*rows, COPY), more, default,
+    )  # fmt: skip
 
 
-def _row(workload: Workload, variant: Variant, seconds: list[float], extra: int) -> Row:
-    per_param = variant.bytes_per_param
-    moved = None if per_param is None else per_param * workload.size
-    state_bytes = sum(state.nbytes for state in variant.states()) / workload.size
-    return Row(variant.name, seconds, moved, variant.one_pass, state_bytes, extra)
-
-
-def _notes(table: Table, backend: str) -> list[str]:
-    """Returns the comparisons that every change of the step is judged by."""
-    ours, bf16 = table.row(our_name(backend)), table.row(our_name(backend, "bf16 states"))
-    official, foreach, fused = (table.row(n) for n in (OFFICIAL_FUSED, FOREACH_FUSED, FUSED))
-    notes = [
-        f"{ours.name}, of this run:",
-        f"  {official.median / ours.median:.2f}x as fast as {OFFICIAL_FUSED}",
-        f"  {foreach.median / ours.median:.2f}x as fast as {FOREACH_FUSED}",
-        f"  {ours.median / fused.median:.2f}x the time of {FUSED} without filter"
-        + _bytes_ratio(ours, fused),
-    ]
-    if bf16:
-        notes.append(
-            f"  with bf16 states {bf16.median / fused.median:.2f}x the time of {FUSED} without "
-            "filter" + _bytes_ratio(bf16, fused)
-        )
-    share = table.share(ours)
-    if share is not None:
-        notes.append(f"  {share:.0%} of the bandwidth of the copy")
-    extras = [f"{in_bytes(row.extra)} ({row.name})" for row in (ours, official, foreach, fused)]
-    return [*notes, f"  extra memory of a step: {', '.join(extras)}"]
-
-
-def _bytes_ratio(row: Row, other: Row) -> str:
-    return "" if row.moved is None else f", {row.moved / other.moved:.2f}x its bytes"
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", SIZES)
-def test_adaptive_step(name: str, device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    workload = Workload(SIZES[name], device)
-    missing: dict[str, str] = {}
-    kept = _checked(workload, missing)
-    rows = _measure(workload, kept, run.rounds)
-    title = f"{name} on {device}: {workload.size:,} parameters in {len(workload.params)} tensors"
-    table = Table(title, rows, FUSED, COPY, missing)
-    backend = next(row.name for row in rows).removeprefix(our_name(""))
-    table.notes = _notes(table, backend)
-    run.tables.append(table)
+test_adaptive_step = rows_of(
+    _case(size, device, caches) for device in DEVICES for size in SIZES for caches in CACHES
+)

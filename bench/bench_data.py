@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import pytest
 
 from trm_fast.data import _native
 from trm_fast.data.puzzles.maze import MazeAugment, generate_mazes, shortest_path
@@ -22,10 +21,10 @@ from trm_fast.data.puzzles.sudoku import (
 )
 from trm_fast.data.synthetic.listops import evaluate_listops, generate_listops
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import Case, Row, Unavailable, rows_of
 
 PYTHON = "Python"
+THREADS = {"C++, 1 thread": 1, "C++, 2 threads": 2}
 BATCH = 768
 
 Call = Callable[..., tuple[np.ndarray, ...]]
@@ -72,6 +71,18 @@ CASES = {
     "ListOps, up to 50 tokens, evaluate": (_evaluate, 65536, 1024),
 }
 
+# Those that are measured by default.
+FEW = {
+    "Sudoku 9 x 9, 24 to 30 clues",
+    "Sudoku 9 x 9, solve and prove unique",
+    "maze 30 x 30",
+    "ListOps, up to 50 tokens",
+}
+AUGMENTATIONS = {
+    "Sudoku 9 x 9": (SudokuAugment(), lambda: sudoku_tokens(*generate_sudoku(BATCH))),
+    "maze 30 x 30": (MazeAugment(), lambda: generate_mazes(BATCH)),
+}
+
 
 def _check(call: Call, few: int) -> None:
     """Raises AssertionError where the forms differ."""
@@ -81,40 +92,52 @@ def _check(call: Call, few: int) -> None:
             raise AssertionError("C++ and Python must give the same items")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_data(case: str, run: Run) -> None:
-    if _native.unusable():
-        run.skipped[case] = str(_native.unusable())
-        pytest.skip(run.skipped[case])
-    prepare, many, few = CASES[case]
-    call = prepare()
-    _check(call, few)
-    if case.startswith("Sudoku") and "solve" not in case:
-        puzzles, solutions = call(many, native=True)
-        assert check_sudoku(solutions, puzzles).all()
-        assert (solve_sudoku(puzzles)[1] == 1).all()
-    counts = {PYTHON: few}
-    jobs = [Job(PYTHON, lambda: call(few, native=False))]
-    for threads in {1, min(2, len(os.sched_getaffinity(0)))}:
-        name = f"C++, {threads} thread{'s' if threads > 1 else ''}"
-        counts[name] = many
-        jobs.append(Job(name, lambda threads=threads: call(many, native=True, threads=threads)))
-    interleave(jobs, run.rounds, "cpu")
-    rows = [Row(job.name, [s / counts[job.name] for s in job.seconds], None) for job in jobs]
-    table = Table(f"{case}: time of one", rows, PYTHON, "")
-    table.notes = [f"{row.name}: {1 / row.median:,.0f} per second" for row in rows]
-    run.tables.append(table)
+class Data:
+    """One kind of items in both forms."""
+
+    device = "cpu"
+    baselines = (PYTHON,)
+    floor = None
+    unit = "B"
+
+    def __init__(self, case: str) -> None:
+        if _native.unusable():
+            raise Unavailable(str(_native.unusable()))
+        prepare, self.many, self.few = CASES[case]
+        self.call = prepare()
+        _check(self.call, self.few)
+        if case.startswith("Sudoku") and "solve" not in case:
+            puzzles, solutions = self.call(self.many, native=True)
+            assert check_sudoku(solutions, puzzles).all()
+            assert (solve_sudoku(puzzles)[1] == 1).all()
+
+    def row(self, name: str) -> Row:
+        if name == PYTHON:
+            return Row(lambda: self.call(self.few, native=False), items=self.few)
+        threads = THREADS[name]
+        if threads > len(os.sched_getaffinity(0)):
+            raise Unavailable(f"needs {threads} cores")
+        return Row(lambda: self.call(self.many, native=True, threads=threads), items=self.many)
 
 
-def test_augmentation(run: Run) -> None:
-    jobs = []
-    for name, augment, arrays in (
-        ("Sudoku 9 x 9", SudokuAugment(), sudoku_tokens(*generate_sudoku(BATCH))),
-        ("maze 30 x 30", MazeAugment(), generate_mazes(BATCH)),
-    ):
-        generator = np.random.default_rng(0)
-        inputs, labels = (tokens.astype(np.int64) for tokens in arrays)
-        jobs.append(Job(name, partial(augment, inputs, labels, generator)))
-    interleave(jobs, run.rounds, "cpu")
-    rows = [Row(job.name, job.seconds, None) for job in jobs]
-    run.tables.append(Table(f"Augmentation of {BATCH} examples", rows, jobs[0].name, ""))
+class Augmentation:
+    """Augmentations of a batch."""
+
+    device = "cpu"
+    baselines = ()
+    floor = None
+    unit = "B"
+
+    def row(self, name: str) -> Row:
+        augment, generate = AUGMENTATIONS[name]
+        inputs, labels = (tokens.astype(np.int64) for tokens in generate())
+        return Row(partial(augment, inputs, labels, np.random.default_rng(0)))
+
+
+test_data = rows_of(
+    Case(name, f"{name}: time of one", partial(Data, name), (PYTHON, *THREADS), default=name in FEW)
+    for name in CASES
+)
+test_augmentation = rows_of(
+    [Case("batch", f"Augmentation of {BATCH} examples", Augmentation, tuple(AUGMENTATIONS))]
+)

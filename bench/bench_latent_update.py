@@ -1,16 +1,15 @@
 """The recursion: ours beside the official model in plain torch, eager and under torch.compile.
 
 Each table is one model, batch, dtype and device: one supervision step without gradients, and one
-with loss and backward pass. Before anything is timed, the logits of every variant are compared with
-the plain model in float64. Below a table stand the rate of each variant over that of a large
-product measured in the same run, and what it keeps for the backward pass. The work of computing
-something once more is not counted: it is no part of the task.
+with loss and backward pass. Before a table is measured, the logits of both models are compared with
+the plain model in float64. The rate of a row stands beside that of a large product. The work of
+computing something once more is not counted: it is no part of the task.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +17,12 @@ import trm_fast
 from trm_fast.nn import TinyRecursiveModel, TRMConfig
 
 from ._plain_trm import PlainTRM, plain_loss
-from ._report import Row, Run, Table, in_bytes
-from ._timing import Job, extra_bytes, interleave
+from ._tables import DEVICES, Case, Row, rows_of
+from ._timing import extra_bytes
 
 GEMM = "torch product, 2048 x 2048 x 2048"
 EAGER, COMPILED = "plain torch", "plain torch, torch.compile"
+OURS, KEPT = "trm_fast", "trm_fast, recompute=False"
 # Hidden 128 and 81 tokens, without slots for a puzzle vector.
 SMALL = {"hidden_size": 128, "num_heads": 4, "puzzle_emb_len": 0, "puzzle_emb_ndim": 0}
 MODELS = {
@@ -37,6 +37,8 @@ SIZES = [
     *((model, 768, "cuda") for model in ("sudoku_mlp", "sudoku_attention")),
 ]
 DTYPES = ("bfloat16", "float32")
+# Those that are measured by default on a CPU.
+FEW = (("sudoku_mlp", 4),)
 
 
 @dataclass(eq=False)
@@ -45,12 +47,14 @@ class Variant:
 
     Args:
         name: its row.
+        model: "plain" or "ours".
         module: whose parameters get gradients.
         step: states to logits and q_halt.
         loss: logits, labels and q_halt to the loss.
     """
 
     name: str
+    model: str
     module: nn.Module
     step: Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +69,9 @@ def _plain(name: str, model: PlainTRM, compiled: bool) -> Variant:
         return plain_loss(logits, labels, q)
 
     run = torch.compile(step, dynamic=False) if compiled else step
-    return Variant(name, model, run, torch.compile(loss, dynamic=False) if compiled else loss)
+    return Variant(
+        name, "plain", model, run, torch.compile(loss, dynamic=False) if compiled else loss
+    )
 
 
 def _ours(name: str, model: TinyRecursiveModel, recompute: bool) -> Variant:
@@ -77,7 +83,7 @@ def _ours(name: str, model: TinyRecursiveModel, recompute: bool) -> Variant:
     def loss(logits: Tensor, labels: Tensor, q_halt: Tensor) -> Tensor:
         return trm_fast.losses.halting_loss(logits, labels, q_halt).loss
 
-    return Variant(name, model, step, loss)
+    return Variant(name, "ours", model, step, loss)
 
 
 class Workload:
@@ -99,14 +105,10 @@ class Workload:
         }
         self.data = {name: value.to(device) for name, value in self.data.items()}
 
-    def variants(self) -> list[Variant]:
-        torch._dynamo.reset()  # or the compiler gives up on what it has compiled for other sizes
-        return [
-            _plain(EAGER, self.plain, False),
-            _plain(COMPILED, self.plain, True),
-            _ours("trm_fast", self.ours, True),
-            _ours("trm_fast, recompute=False", self.ours, False),
-        ]
+    def variant(self, name: str) -> Variant:
+        if name in (EAGER, COMPILED):
+            return _plain(name, self.plain, name == COMPILED)
+        return _ours(name, self.ours, recompute=name == OURS)
 
     def forward(self, variant: Variant) -> Tensor:
         with torch.no_grad():
@@ -120,8 +122,7 @@ class Workload:
         return variant.loss(logits, self.data["labels"], q)
 
     def backward(self, variant: Variant, loss: Tensor) -> None:
-        for parameter in variant.module.parameters():
-            parameter.grad = None
+        _clear(variant)
         loss.backward()
 
     def kept(self, variant: Variant) -> int:
@@ -142,7 +143,7 @@ class Workload:
 
 
 def _judge(workload: Workload) -> dict[str, float]:
-    """Returns the error of the logits of each variant against float64, on two sequences.
+    """Returns the error of the logits of both models against float64, on two sequences.
 
     Raises:
         AssertionError: ours is more than twice that of the plain model.
@@ -156,11 +157,13 @@ def _judge(workload: Workload) -> dict[str, float]:
     errors = {}
     with torch.no_grad():
         true = exact.step(*(state.double() for state in states), two)[2]
-        for variant in (_plain(EAGER, workload.plain, False), _ours("ours", workload.ours, True)):
+        for variant in (workload.variant(EAGER), workload.variant(OURS)):
             found = variant.step(*states, two)[0].double()
-            errors[variant.name] = float((found - true).norm() / true.norm())
-    if not errors["ours"] <= 2 * errors[EAGER]:
-        raise AssertionError(f"logits: error must be <= 2 x {errors[EAGER]}; got {errors['ours']}")
+            errors[variant.model] = float((found - true).norm() / true.norm())
+    if not errors["ours"] <= 2 * errors["plain"]:
+        raise AssertionError(
+            f"logits: error must be <= 2 x {errors['plain']}; got {errors['ours']}"
+        )
     return errors
 
 
@@ -175,74 +178,64 @@ def multiply_adds(config: TRMConfig, model: PlainTRM) -> float:
     return total
 
 
-def _gemm(config: TRMConfig, device: str) -> Job:
-    a = torch.randn(2048, 2048).to(device, config.dtype)
-    return Job(GEMM, lambda: a @ a)
+class LatentUpdate:
+    """Ours and the plain model with the same weights, in one pass."""
+
+    baselines = (EAGER, COMPILED)
+    floor = GEMM
+    unit = "FLOP"
+
+    def __init__(self, name: str, batch: int, device: str, dtype: str, mode: str) -> None:
+        base, overrides = MODELS[name]
+        self.config = replace(trm_fast.nn.CONFIGS[base], forward_dtype=dtype, **overrides)
+        self.device, self.training = device, mode == "training step"
+        self.workload = Workload(self.config, batch, device)
+        self.errors = _judge(self.workload)
+        torch._dynamo.reset()  # or the compiler gives up on what it has compiled for other sizes
+
+    def row(self, name: str) -> Row:
+        if name == GEMM:
+            a = torch.randn(2048, 2048).to(self.device, self.config.dtype)
+            return Row(lambda: a @ a, work=2 * 2048**3)
+        variant = self.workload.variant(name)
+        run = self.workload.train if self.training else self.workload.forward
+        run(variant)  # compiles
+        cycles, calls = self.config.H_cycles, self.config.L_cycles + 1
+        calls *= cycles + 2 * self.training
+        work = 2 * calls * self.workload.batch * multiply_adds(self.config, self.workload.plain)
+        return Row(lambda: run(variant), work=work, facts=lambda: self._facts(variant))
+
+    def _facts(self, variant: Variant) -> dict[str, float]:
+        facts: dict[str, float] = {"error": self.errors[variant.model]}
+        if self.training:
+            facts["kept_bytes"] = self.workload.kept(variant)
+            facts["extra_bytes"] = extra_bytes(
+                lambda: _clear(variant), lambda: self.workload.train(variant), self.device
+            )
+        return facts
 
 
-@pytest.mark.parametrize("mode", ["forward", "training step"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "batch", "device"), SIZES)
-def test_latent_update(name: str, batch: int, device: str, dtype: str, mode: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    base, overrides = MODELS[name]
-    config = replace(trm_fast.nn.CONFIGS[base], forward_dtype=dtype, **overrides)
-    workload = Workload(config, batch, device)
-    errors = _judge(workload)
-    variants = workload.variants()
+def _clear(variant: Variant) -> None:
+    for parameter in variant.module.parameters():
+        parameter.grad = None
+
+
+def _case(name: str, batch: int, device: str, dtype: str, mode: str) -> Case:
     training = mode == "training step"
-    take = workload.train if training else workload.forward
-    jobs = [Job(variant.name, _bound(take, variant)) for variant in variants]
-    gemm = _gemm(config, device)
-    for job in jobs:
-        job.step()  # compiles
-    interleave([*jobs, gemm], run.rounds, device)
-    rows = [
-        _row(workload, job, variant, training) for job, variant in zip(jobs, variants, strict=True)
-    ]
-    title = f"{name}, batch {batch}, {dtype}, {mode} on {device}"
-    table = Table(title, [*rows, Row(GEMM, gemm.seconds, None)], COMPILED, "")
-    calls = config.H_cycles * (config.L_cycles + 1) + 2 * training * (config.L_cycles + 1)
-    work = 2 * calls * batch * multiply_adds(config, workload.plain)
-    table.notes = [
-        f"error of the logits: {errors['ours']:.1e}, of the plain model {errors[EAGER]:.1e}",
-        *_notes(workload, table, variants, work, training),
-    ]
-    run.tables.append(table)
+    rows = (EAGER, OURS, *([KEPT] if training else []), GEMM)
+    default = dtype == "bfloat16" and (batch == 768 or (name, batch) in FEW)
+    return Case(
+        f"{name}-{batch}-{device}-{dtype}-{mode}",
+        f"{name}, batch {batch}, {dtype}, {mode}, {device}",
+        # Compiling it takes minutes.
+        partial(LatentUpdate, name, batch, device, dtype, mode), rows, (COMPILED,), default,
+    )  # fmt: skip
 
 
-def _bound(take: Callable[[Variant], object], variant: Variant) -> Callable[[], object]:
-    return lambda: take(variant)
-
-
-def _row(workload: Workload, job: Job, variant: Variant, training: bool) -> Row:
-    if not training:
-        return Row(job.name, job.seconds, None)
-
-    def clear() -> None:
-        for parameter in variant.module.parameters():
-            parameter.grad = None
-
-    extra = extra_bytes(clear, lambda: workload.train(variant), workload.device)
-    return Row(job.name, job.seconds, None, extra=extra)
-
-
-def _notes(
-    workload: Workload, table: Table, variants: list[Variant], work: float, training: bool
-) -> list[str]:
-    peak = 2 * 2048**3 / table.row(GEMM).median
-    notes = [f"{GEMM}: {peak / 1e9:.0f} GFLOP/s"]
-    eager, compiled = table.row(EAGER).median, table.row(COMPILED).median
-    for variant in variants:
-        row = table.row(variant.name)
-        rate = work / row.median
-        note = (
-            f"{variant.name}: {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the product; "
-            f"{eager / row.median:.2f}x eager, {compiled / row.median:.2f}x compiled"
-        )
-        if training:
-            note += f"; keeps {in_bytes(workload.kept(variant))} for backward"
-        notes.append(note)
-    return notes
+test_latent_update = rows_of(
+    _case(name, batch, device, dtype, mode)
+    for name, batch, device in SIZES
+    if device in DEVICES
+    for dtype in DTYPES
+    for mode in ("forward", "training step")
+)

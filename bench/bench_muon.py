@@ -1,24 +1,22 @@
 """A step of Muon on the hidden matrices of a TRM: ours, torch's, and the share of Newton-Schulz.
 
-All variants are measured in turns, after they have taken the same steps as the formula in float64.
-The notes below a table are computed from that table.
+A row is measured after it has taken the same steps as the formula in float64.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from trm_fast import BackendError, MuGrokfast, Muon
-from trm_fast._dispatch import BACKENDS
+from trm_fast._dispatch import BACKENDS, ORDER
 from trm_fast.ops import newton_schulz_
 
-from ._report import Row, Run, Table
-from ._timing import Job, extra_bytes, interleave
-from .bench_adaptive_step import SIZES, Workload
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
+from ._timing import extra_bytes
+from ._workload import SIZES, Workload
 
 SHAPES = [shape for shape in SIZES["TRM 7M"] if min(shape) > 64]  # without the two heads
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -53,7 +51,11 @@ class Variant:
         return sum(s.nbytes for s in states if s.dim()) / sum(param.numel() for param in params)
 
 
-def _variants(workload: Workload, backend: str) -> list[Variant]:
+def _optimizer(workload: Workload, kind: str, backend: str) -> torch.optim.Optimizer:
+    if kind == "torch":
+        return torch.optim.Muon(
+            workload.params, LR, WEIGHT_DECAY, MOMENTUM, True, COEFFICIENTS, EPS, STEPS
+        )
     options: dict[str, Any] = {
         "weight_decay": WEIGHT_DECAY,
         "momentum": MOMENTUM,
@@ -61,16 +63,12 @@ def _variants(workload: Workload, backend: str) -> list[Variant]:
         "ns_coefficients": COEFFICIENTS,
         "eps": EPS,
         "ns_steps": STEPS,
+        "backend": backend,
     }
+    if kind == "muon":
+        return Muon(workload.params, lr=LR, **options)
     hidden = [{"params": workload.params, "algorithm": "muon"}]
-    both = MuGrokfast(
-        hidden, muon_lr=LR, alpha=ALPHA, lamb=LAMB, filter="ema", backend=backend, **options
-    )
-    ours = Muon(workload.params, lr=LR, backend=backend, **options)
-    return [
-        Variant(NAMES["muon"].format(backend), ours, False),
-        Variant(NAMES["mugrokfast"].format(backend), both, True),
-    ]
+    return MuGrokfast(hidden, muon_lr=LR, alpha=ALPHA, lamb=LAMB, filter="ema", **options)
 
 
 def _orthogonal(update: Tensor) -> Tensor:
@@ -127,86 +125,68 @@ def _check(workload: Workload, variant: Variant, truth: list[Tensor]) -> None:
             )
 
 
-def _usable(device: str, missing: dict[str, str]) -> list[str]:
-    """Returns the backends that run a whole step; the others get a reason."""
-    usable = []
-    for backend in BACKENDS:
-        param = torch.nn.Parameter(torch.ones(16, 16, device=device))
-        param.grad = torch.ones_like(param)
+class MuonTable:
+    """Optimizers on shared parameters, and Newton-Schulz of updates of the same shapes."""
+
+    baselines = (TORCH,)
+    floor = None
+    unit = "B"
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.workload = Workload(SHAPES, device)
+        self.truths: dict[bool, list[Tensor]] = {}
+
+    def row(self, name: str) -> Row:
+        kind, backend = _parts(name)
+        if kind == "newton_schulz":
+            return self._newton_schulz(backend)
+        chosen = Variant(name, _optimizer(self.workload, kind, backend), kind == "mugrokfast")
+        if chosen.filtered not in self.truths:
+            self.truths[chosen.filtered] = _truth(self.workload, LAMB if chosen.filtered else 0.0)
         try:
-            Muon([param], backend=backend).step()
+            _check(self.workload, chosen, self.truths[chosen.filtered])
         except BackendError as error:
-            missing[NAMES["muon"].format(backend)] = str(error)
-        else:
-            usable.append(backend)
-    return usable
+            raise Unavailable(str(error)) from error
+        step = chosen.optimizer.step
+        return Row(step, self.workload.backward, facts=lambda: self._facts(chosen))
+
+    def _facts(self, chosen: Variant) -> dict[str, Any]:
+        extra = extra_bytes(self.workload.backward_into_new, chosen.optimizer.step, self.device)
+        return {"state_bytes_per_parameter": chosen.state_bytes(), "extra_bytes": extra}
+
+    def _newton_schulz(self, backend: str) -> Row:
+        sources = [grad.bfloat16() for grad in self.workload.grads[0]]
+        updates = [source.clone() for source in sources]
+
+        def step() -> None:
+            newton_schulz_(updates, STEPS, COEFFICIENTS, eps=EPS, backend=backend)
+
+        try:
+            step()
+        except BackendError as error:
+            raise Unavailable(str(error)) from error
+        return Row(step, lambda: torch._foreach_copy_(updates, sources))
 
 
-def _newton_schulz(workload: Workload, backend: str) -> Job:
-    """Returns a job that orthogonalises updates of these shapes."""
-    sources = [grad.bfloat16() for grad in workload.grads[0]]
-    updates = [source.clone() for source in sources]
-
-    def prepare() -> None:
-        torch._foreach_copy_(updates, sources)
-
-    def step() -> None:
-        newton_schulz_(updates, STEPS, COEFFICIENTS, eps=EPS, backend=backend)
-
-    prepare()
-    step()
-    return Job(NAMES["newton_schulz"].format(backend), step, prepare)
-
-
-def _measure(
-    workload: Workload, kept: Sequence[Variant], alone: Sequence[Job], rounds: int
-) -> list[Row]:
-    extras = [
-        extra_bytes(workload.backward_into_new, variant.optimizer.step, workload.device)
-        for variant in kept
-    ]
-    jobs = [Job(variant.name, variant.optimizer.step, workload.backward) for variant in kept]
-    interleave([*jobs, *alone], rounds, workload.device)
-    rows = [
-        Row(job.name, job.seconds, None, True, variant.state_bytes(), extra)
-        for job, variant, extra in zip(jobs, kept, extras, strict=True)
-    ]
-    return rows + [Row(job.name, job.seconds, None) for job in alone]
-
-
-def _notes(table: Table, backends: Sequence[str]) -> list[str]:
-    """Returns the comparisons that a change of the step is judged by."""
-    theirs = table.row(TORCH).median
-    notes = []
-    for backend in backends:
-        ours, both, alone = (table.row(name.format(backend)).median for name in NAMES.values())
-        notes += [
-            f"{backend}: {theirs / ours:.2f}x as fast as {TORCH}",
-            f"  with the filter in front {theirs / both:.2f}x, {both / ours:.2f}x the time without",
-            f"  Newton-Schulz alone takes {alone / ours:.0%} of the step",
-        ]
-    return notes
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_muon(device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    workload = Workload(SHAPES, device)
-    missing: dict[str, str] = {}
-    backends = _usable(device, missing)
-    torchs = torch.optim.Muon(
-        workload.params, LR, WEIGHT_DECAY, MOMENTUM, True, COEFFICIENTS, EPS, STEPS
+def _parts(name: str) -> tuple[str, str]:
+    """Returns what a row is, and its backend."""
+    if name == TORCH:
+        return "torch", ""
+    return next(
+        (kind, backend)
+        for kind, form in NAMES.items()
+        for backend in BACKENDS
+        if form.format(backend) == name
     )
-    kept = [variant for backend in backends for variant in _variants(workload, backend)]
-    kept.append(Variant(TORCH, torchs, False))
-    truths = {filtered: _truth(workload, LAMB if filtered else 0.0) for filtered in (True, False)}
-    for variant in kept:
-        _check(workload, variant, truths[variant.filtered])
-    alone = [_newton_schulz(workload, backend) for backend in backends]
-    rows = _measure(workload, kept, alone, run.rounds)
-    title = f"Muon, TRM on {device}: {workload.size:,} parameters in {len(workload.params)} tensors"
-    table = Table(title, rows, TORCH, "", missing)
-    table.notes = _notes(table, backends)
-    run.tables.append(table)
+
+
+def _case(device: str) -> Case:
+    backends = [backend for backend in ORDER[device] if backend != "reference"]
+    ours = [form.format(backend) for backend in backends for form in NAMES.values()]
+    reference = tuple(form.format("reference") for form in NAMES.values())
+    title = f"Muon, hidden matrices of TRM 7M, {device}"
+    return Case(device, title, partial(MuonTable, device), (*ours, TORCH), reference)
+
+
+test_muon = rows_of(_case(device) for device in DEVICES)

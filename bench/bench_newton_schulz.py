@@ -1,10 +1,10 @@
 """Newton-Schulz: ours by backend, method and dtype beside the loop of torch.optim.Muon.
 
 All take five steps with torch's coefficients from bfloat16 matrices, as a momentum in bfloat16
-gives them. Before anything is timed, each result is compared with the same steps in float64. Below
-a table stand the rate of each variant, its share of the rate of a plain bf16 product measured in
-the same run, its error, and the range of the singular values that it leaves.
+gives them. A row is measured after its result was compared with the same steps in float64.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -19,11 +19,12 @@ from ._newton_schulz_variants import (
     TORCH,
     Variant,
     flops,
-    our_variants,
-    torch_variant,
+    our_names,
+    torch_alone,
+    variant,
 )
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._session import Bench
+from ._tables import DEVICES, MORE, Case, Row, rows_of
 
 TRM = [(1536, 512), (512, 512), (3072, 512), (512, 1536)]
 SIZES = {
@@ -37,6 +38,8 @@ SIZES = {
     "3072x512": [(3072, 512)],
     "320x1280": [(320, 1280)],
 }
+# Those that are measured by default.
+FEW = ("TRM 7M", "512x512", "128x128", "8 of 128x128")
 
 
 class Workload:
@@ -69,45 +72,38 @@ class Workload:
         return error, torch.linalg.svdvals(self.matrices[0].double())
 
 
-def _gemm_job(device: str) -> Job:
-    a = torch.randn(1024, 1024).to(device, torch.bfloat16)
-    return Job(GEMM, lambda: a @ a)
+class NewtonSchulz:
+    """Variants on shared matrices, beside one large product."""
+
+    baselines = (TORCH,)
+    floor = GEMM
+    unit = "FLOP"
+
+    def __init__(self, size: str, device: str) -> None:
+        self.device = device
+        self.workload = Workload(SIZES[size], device)
+
+    def row(self, name: str) -> Row:
+        if name == GEMM:
+            a = torch.randn(1024, 1024).to(self.device, torch.bfloat16)
+            return Row(lambda: a @ a, work=2 * 1024**3)
+        error, values = self.workload.judge(variant(name, self.device))
+        timed = torch_alone if name == TORCH else variant(name, self.device).run
+        matrices = self.workload.matrices
+        facts = {"error": error, "singular_values": f"{values.min():.2f}-{values.max():.2f}"}
+        work = sum(flops(shape, name) for shape in self.workload.shapes)
+        return Row(lambda: timed(matrices), self.workload.reset, work=work, facts=lambda: facts)
 
 
-def _notes(workload: Workload, table: Table, judged: dict[str, tuple[float, Tensor]]) -> list[str]:
-    peak = 2 * 1024**3 / table.row(GEMM).median
-    notes = [f"{GEMM}: {peak / 1e9:.0f} GFLOP/s"]
-    for name, (error, values) in judged.items():
-        work = sum(flops(shape, name) for shape in workload.shapes)
-        rate = work / table.row(name).median
-        notes.append(
-            f"{name}: {work / 1e9:.3g} GFLOP at {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the "
-            f"product; error {error:.4f}; singular values {values.min():.3f} to {values.max():.3f}"
-        )
-    return notes
+def _case(size: str, device: str) -> Case:
+    fast, more = our_names(device)
+    return Case(
+        f"{size}-{device}", f"Newton-Schulz, {size}, {device}",
+        partial(NewtonSchulz, size, device), (TORCH, *fast, GEMM), more, default=size in FEW,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", SIZES)
-def test_newton_schulz(name: str, device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    workload = Workload(SIZES[name], device)
-    ours = our_variants(device)
-    judged = {variant.name: workload.judge(variant) for variant in [torch_variant(False), *ours]}
-    timed = [torch_variant(True), *ours]
-    jobs = [_job(workload, variant) for variant in timed]
-    gemm = _gemm_job(device)
-    interleave([*jobs, gemm], run.rounds, device)
-    rows = [Row(job.name, job.seconds, None) for job in [*jobs, gemm]]
-    table = Table(f"Newton-Schulz, {name} on {device}", rows, TORCH, "")
-    table.notes = _notes(workload, table, judged)
-    run.tables.append(table)
-
-
-def _job(workload: Workload, variant: Variant) -> Job:
-    return Job(variant.name, lambda: variant.run(workload.matrices), workload.reset)
+test_newton_schulz = rows_of(_case(size, device) for device in DEVICES for size in SIZES)
 
 
 # How the result of 256 x 768 depends on form and dtype: rounding, the condition and the rank.
@@ -132,8 +128,9 @@ def _inputs() -> dict[str, Tensor]:
     }
 
 
+@getattr(pytest.mark, MORE)
 @pytest.mark.parametrize("coefficients", ["polar_express", "keller", "you"])
-def test_accuracy(coefficients: str, run: Run) -> None:
+def test_accuracy(coefficients: str, bench: Bench) -> None:
     """Nothing is timed: error to the same steps in float64, and extreme singular values."""
     notes = []
     for name, x in _inputs().items():
@@ -152,7 +149,7 @@ def test_accuracy(coefficients: str, run: Run) -> None:
                     f"{name:17} {form:13} {backend:9} error {error:8.1e}  singular values "
                     f"{values.min():.1e} to {values.max():.3f}, median {values.median():.3f}"
                 )
-    run.tables.append(Table(f"Newton-Schulz, accuracy of {coefficients}", [], "", "", {}, notes))
+    bench.notes[f"Newton-Schulz, accuracy of {coefficients}"] = notes
 
 
 def _result(

@@ -1,15 +1,16 @@
 """Optimizers made of several passes, beside the same written as separate torch code.
 
 One table for the gradient filters, with 100 gradients in every window, and one for the step of
-official TRM training: filter, clipping, AdamATan2 and weight average. Every variant has to arrive
-where the formula in float64 does before it is timed.
+official TRM training: filter, clipping, AdamATan2 and weight average. A row is measured after it
+has arrived where the formula in float64 does.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
-import pytest
 import torch
 from torch import Tensor
 from torch.optim import AdamW
@@ -29,11 +30,13 @@ from ._adaptive_step_variants import (
     OfficialFilter,
     Params,
 )
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
-from ._workload import COPY, SIZES, Workload, copy_job
+from ._tables import DEVICES, Row, rows_of
+from ._tables import Case as Table
+from ._workload import CACHES, COPY, SIZES, Workload, copy_row
 
 WINDOW, CLIP, AVERAGE = 100, 1.0, 0.999
+OFFICIAL_MA, OFFICIAL_EMA = "official window filter + AdamW fused", "official EMA + AdamW fused"
+ALL_IN_ONE = "trm_fast AdamATan2, all in one"
 STEPS = 3
 BYTES = {"ma": 46, "projection": 44, "cosine_gate": 44}  # per parameter; 36 with a mean alone
 Grads = list[Tensor]
@@ -217,26 +220,6 @@ def _check(workload: Workload, case: Case) -> None:
     case.fill()
 
 
-def _measure(workload: Workload, cases: list[Case], title: str, run: Run) -> Table:
-    for case in cases:
-        _check(workload, case)
-    copy, copied = copy_job(workload)
-    jobs = [Job(case.name, case.step, _backward(workload, case)) for case in cases]
-    interleave([*jobs, copy], run.rounds, workload.device)
-    rows = [
-        Row(
-            case.name,
-            job.seconds,
-            None if case.bytes_per_param is None else case.bytes_per_param * workload.size,
-            case.one_pass,
-        )
-        for case, job in zip(cases, jobs, strict=True)
-    ]
-    table = Table(title, [*rows, Row(COPY, copy.seconds, copied)], FUSED, COPY)
-    run.tables.append(table)
-    return table
-
-
 def _ours(workload: Workload, name: str | None, size: float) -> Case:
     options = {"filter": name, "alpha": ALPHA, "lamb": LAMB, "window": WINDOW, "warmup": False}
     optimizer = trm_fast.GrokFastAdamW(workload.params, **ADAMW, **options)
@@ -266,50 +249,88 @@ def _behind(workload: Workload, name: str, filter_: Callable[[], None], known: s
     return Case(name, step, _truth(workload, known, False, False), None, fill=fill, keeps=keeps)
 
 
-OFFICIAL_MA, OFFICIAL_EMA = "official window filter + AdamW fused", "official EMA + AdamW fused"
+class OptimizerTable:
+    """Cases on shared parameters, made by name."""
+
+    baselines = (FUSED,)
+    floor = COPY
+    unit = "B"
+    cases: Mapping[str, Callable[[Workload], Case]]
+
+    def __init__(self, device: str, caches: str) -> None:
+        self.device = device
+        self.workload = Workload(SIZES["TRM 7M"], device, caches)
+
+    def row(self, name: str) -> Row:
+        if name == COPY:
+            return copy_row(self.workload)
+        case = self.cases[name](self.workload)
+        _check(self.workload, case)
+        size = case.bytes_per_param
+        work = None if size is None else size * self.workload.size
+        return Row(case.step, _backward(self.workload, case), work=work, least=case.one_pass)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_filters(device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
-    workload = Workload(SIZES["TRM 7M"], device)
+def _fused(workload: Workload) -> Case:
     adamw = AdamW(workload.params, **ADAMW, fused=True)
-    cases = [
-        *(_ours(workload, name, BYTES.get(name, 36)) for name in FILTERS if name != "none"),
-        Case(FUSED, adamw.step, _truth(workload, None, False, False), 28),
-        _behind(workload, OFFICIAL_EMA, OfficialFilter(workload.params), "ema"),
-        _behind(workload, OFFICIAL_MA, OfficialWindow(workload.params), "ma"),
-    ]
-    title = f"filters, window {WINDOW}, on {device}: {workload.size:,} parameters"
-    table = _measure(workload, cases, title, run)
-    ma, ema = table.row("trm_fast ma"), table.row("trm_fast ema")
-    table.notes = [
-        f"ma: {table.row(OFFICIAL_MA).median / ma.median:.1f}x as fast as {OFFICIAL_MA}",
-        f"ma: {ma.median / ema.median:.2f}x the time of ema, {46 / 36:.2f}x its bytes",
-    ]
+    return Case(FUSED, adamw.step, _truth(workload, None, False, False), 28)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_official_trm_step(device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("torch finds no CUDA device")
-    workload = Workload(SIZES["TRM 7M"], device)
-    truth = _truth(workload, "ema", True, True)
-    ours = trm_fast.AdamATan2(
+class Filters(OptimizerTable):
+    """Every filter of gradients, and the published ones."""
+
+    cases: ClassVar = {
+        **{
+            f"trm_fast {name}": partial(_ours, name=name, size=BYTES.get(name, 36))
+            for name in FILTERS
+            if name != "none"
+        },
+        FUSED: _fused,
+        OFFICIAL_EMA: lambda workload: _behind(
+            workload, OFFICIAL_EMA, OfficialFilter(workload.params), "ema"
+        ),
+        OFFICIAL_MA: lambda workload: _behind(
+            workload, OFFICIAL_MA, OfficialWindow(workload.params), "ma"
+        ),
+    }
+
+
+def _all_in_one(workload: Workload) -> Case:
+    optimizer = trm_fast.AdamATan2(
         workload.params, LR, BETAS, WEIGHT_DECAY,
         filter="ema", alpha=ALPHA, lamb=LAMB, clip_norm=CLIP, weight_ema=AVERAGE,
     )  # fmt: skip
-    adamw = AdamW(workload.params, **ADAMW, fused=True)
-    cases = [
-        Case("trm_fast AdamATan2, all in one", ours.step, truth, 48),
-        *(
-            Case(f"separate, {form}", SeparateStep(workload.params, form), truth, None)
+    return Case(ALL_IN_ONE, optimizer.step, _truth(workload, "ema", True, True), 48)
+
+
+def _separate(workload: Workload, form: str) -> Case:
+    step = SeparateStep(workload.params, form)
+    return Case(f"separate, {form}", step, _truth(workload, "ema", True, True), None)
+
+
+class OfficialStep(OptimizerTable):
+    """The step of official TRM training: filter, clipping, AdamATan2 and weight average."""
+
+    cases: ClassVar = {
+        ALL_IN_ONE: _all_in_one,
+        **{
+            f"separate, {form}": partial(_separate, form=form)
             for form in ("published", "in place", "foreach")
-        ),
-        Case(FUSED, adamw.step, _truth(workload, None, False, False), 28),
-    ]
-    title = f"filter, clipping, AdamATan2, weight average on {device}: {workload.size:,} parameters"
-    table = _measure(workload, cases, title, run)
-    mine, *others = table.rows[:4]
-    table.notes = [f"{other.median / mine.median:.2f}x as fast as {other.name}" for other in others]
+        },
+        FUSED: _fused,
+    }
+
+
+def _tables(kind: type[OptimizerTable], what: str) -> Iterator[Table]:
+    for device in DEVICES:
+        for caches in CACHES:
+            yield Table(
+                f"{device}-{caches}", f"{what}, TRM 7M, {caches} caches, {device}",
+                partial(kind, device, caches), (*kind.cases, COPY),
+            )  # fmt: skip
+
+
+test_filters = rows_of(_tables(Filters, f"Filters, window {WINDOW}"))
+test_official_trm_step = rows_of(
+    _tables(OfficialStep, "Filter, clipping, AdamATan2, weight average")
+)

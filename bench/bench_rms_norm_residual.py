@@ -1,61 +1,37 @@
 """RMS norm of a sum: ours beside plain torch, torch's own norm, and torch.compile.
 
 Each table is one size, dimension and dtype, forward alone (without gradients) or forward and
-backward. Before anything is timed, the results of each variant are compared with the formula in
-float64.
+backward. A row is measured after its results were compared with the formula in float64.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 
 import trm_fast
 from trm_fast.ops import OPS, rms_norm_residual
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
 
-PLAIN = "torch operators"
+OURS, PLAIN, TORCH, COMPILED = "trm_fast ", "torch operators", "add, F.rms_norm", "torch.compile"
 COPY = "copy_"
+# They read and write each tensor once.
+FAST = ("trm_fast cpp", "trm_fast cuda", "trm_fast triton")
 LENGTH, WIDTH, EPS = 97, 512, 1e-5
 # Samples of a batch, dtype.
 SIZES = {
     "cpu": [(4, torch.float32), (16, torch.float32), (16, torch.bfloat16)],
     "cuda": [(768, torch.float32), (768, torch.bfloat16)],
 }
-CASES = [(device, *size) for device, sizes in SIZES.items() for size in sizes]
 
 Norm = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class Variant:
-    """A way to take the norm; ``one_pass`` says that it reads and writes each tensor once."""
-
-    name: str
-    norm: Norm
-    one_pass: bool
 
 
 def plain(x: Tensor, residual: Tensor, dim: int) -> Tensor:
     h = x + residual
     return h * torch.rsqrt(h.square().mean(dim, keepdim=True) + EPS)
-
-
-def variants(dim: int, device: str) -> Iterator[Variant]:
-    states = trm_fast.backends()["rms_norm_residual"][device]
-    for backend in OPS["rms_norm_residual"].order[device]:
-        if states[backend] in ("usable", "chosen"):
-            yield Variant(f"trm_fast {backend}", _ours(dim, backend), backend != "reference")
-    yield Variant(PLAIN, lambda x, y: plain(x, y, dim), False)
-    if dim == -1:
-        theirs = torch.nn.functional.rms_norm
-        yield Variant("add, F.rms_norm", lambda x, y: theirs(x + y, (WIDTH,), eps=EPS), False)
-    torch._dynamo.reset()  # or the compiler gives up on what it has compiled for many sizes
-    yield Variant("torch.compile", torch.compile(_ours(dim, "reference"), dynamic=False), True)
 
 
 def _ours(dim: int, backend: str) -> Norm:
@@ -82,47 +58,72 @@ class Workload:
         with torch.no_grad():
             return norm(self.x, self.residual)
 
-    def check(self, variant: Variant) -> None:
+    def check(self, name: str, norm: Norm) -> None:
         """Raises AssertionError where a result is off by more than eight roundings of its dtype,
         of which plain torch makes six, or by sums of hundreds of terms in float32."""
         bound = 8 * torch.finfo(self.x.dtype).eps + 512 * 2.0**-24
-        for found, true in zip(self.both_ways(variant.norm), self.truth, strict=True):
+        for found, true in zip(self.both_ways(norm), self.truth, strict=True):
             error = float((found.detach().double() - true).abs().max() / true.abs().max())
             if not error <= bound:
-                raise AssertionError(f"{variant.name}: error must be <= {bound:.1g}; got {error}")
+                raise AssertionError(f"{name}: error must be <= {bound:.1g}; got {error}")
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("dim", [-1, -2])
-@pytest.mark.parametrize(("device", "samples", "dtype"), CASES, ids=str)
-def test_rms_norm_residual(
-    device: str, samples: int, dtype: torch.dtype, dim: int, backward: bool, run: Run
-) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    workload = Workload(samples, dtype, device, dim)
-    chosen = list(variants(dim, device))
-    for variant in chosen:
-        workload.check(variant)
-    call = workload.both_ways if backward else workload.forward
-    jobs = [_job(variant, call) for variant in chosen]
-    target = torch.empty_like(workload.x)
-    copy = Job(COPY, lambda: target.copy_(workload.x))
-    interleave([*jobs, copy], run.rounds, device)
-    moved = (6 if backward else 3) * workload.x.nbytes
-    rows = [
-        Row(job.name, job.seconds, moved if variant.one_pass else None)
-        for variant, job in zip(chosen, jobs, strict=True)
-    ]
-    rows.append(Row(COPY, copy.seconds, 2 * target.nbytes))
-    over = "features" if dim == -1 else "sequence"
-    done = "forward and backward" if backward else "forward"
-    shape = f"{samples} x {LENGTH} x {WIDTH} {str(dtype).removeprefix('torch.')}"
-    run.tables.append(
-        Table(f"RMS norm over the {over}, {done}, {shape}, {device}", rows, PLAIN, COPY)
-    )
+class RMSNormTable:
+    """Variants of one size, dimension and pass."""
+
+    baselines = (PLAIN,)
+    floor = COPY
+    unit = "B"
+
+    def __init__(self, device: str, samples: int, dtype: torch.dtype, dim: int, pass_: str) -> None:
+        self.device, self.dim, self.backward = device, dim, pass_ == "backward"
+        self.workload = Workload(samples, dtype, device, dim)
+        torch._dynamo.reset()  # or the compiler gives up on what it has compiled for many sizes
+
+    def row(self, name: str) -> Row:
+        work = self.workload
+        if name == COPY:
+            target = torch.empty_like(work.x)
+            return Row(lambda: target.copy_(work.x), work=2 * target.nbytes)
+        norm = self._norm(name)
+        work.check(name, norm)
+        one_pass = name in (COMPILED, *FAST)
+        moved = (6 if self.backward else 3) * work.x.nbytes if one_pass else None
+        call = work.both_ways if self.backward else work.forward
+        return Row(lambda: call(norm), work=moved)
+
+    def _norm(self, name: str) -> Norm:
+        dim = self.dim
+        if name == PLAIN:
+            return lambda x, y: plain(x, y, dim)
+        if name == TORCH:
+            theirs = torch.nn.functional.rms_norm
+            return lambda x, y: theirs(x + y, (WIDTH,), eps=EPS)
+        if name == COMPILED:
+            return torch.compile(_ours(dim, "reference"), dynamic=False)
+        backend = name.removeprefix(OURS)
+        reason = trm_fast.backends()["rms_norm_residual"][self.device][backend]
+        if reason not in ("usable", "chosen"):
+            raise Unavailable(reason)
+        return _ours(dim, backend)
 
 
-def _job(variant: Variant, call: Callable[[Norm], object]) -> Job:
-    return Job(variant.name, lambda: call(variant.norm))
+def _case(device: str, samples: int, dtype: torch.dtype, dim: int, pass_: str) -> Case:
+    over, short = {-1: "features", -2: "sequence"}[dim], str(dtype).removeprefix("torch.")
+    names = [f"{OURS}{backend}" for backend in OPS["rms_norm_residual"].order[device]]
+    rows = (*names, PLAIN, *([TORCH] if dim == -1 else []), COMPILED, COPY)
+    return Case(
+        f"{device}-{samples}-{short}-{over}-{pass_}",
+        f"RMS norm over the {over}, {pass_}, {samples} x {LENGTH} x {WIDTH} {short}, {device}",
+        partial(RMSNormTable, device, samples, dtype, dim, pass_), rows,
+        default=(samples, dtype) in ((16, torch.bfloat16), (768, torch.bfloat16)) and dim == -2,
+    )  # fmt: skip
+
+
+test_rms_norm_residual = rows_of(
+    _case(device, *size, dim, pass_)
+    for device in DEVICES
+    for size in SIZES[device]
+    for dim in (-1, -2)
+    for pass_ in ("forward", "backward")
+)

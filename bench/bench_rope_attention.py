@@ -4,20 +4,22 @@
 timed, every variant must give the numbers of the formula in float64.
 """
 
-import pytest
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from trm_fast.ops import OPS, rope_attention
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
 
 LENGTH, HEADS, DIM = 97, 8, 64
 BATCHES = {"cpu": (4, 16), "cuda": (768,)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TORCH, COMPILED = "torch operators", "torch operators, torch.compile"
+COMPILED_REFERENCE = "trm_fast reference, torch.compile"
 
 
 def official(cos: Tensor, sin: Tensor):
@@ -43,18 +45,12 @@ def ours(backend: str):
     return attend
 
 
-def variants(device: str, dtype: torch.dtype) -> dict:
+def _angles(device: str) -> tuple[Tensor, Tensor]:
     frequency = 10000.0 ** (-torch.arange(0, DIM, 2).double() / DIM)
     angle = torch.outer(torch.arange(LENGTH).double(), frequency)
-    cos, sin = (
-        torch.cat((t, t), 1)[:, None].to(device, torch.float32) for t in (angle.cos(), angle.sin())
-    )
-    found = {TORCH: official(cos, sin), COMPILED: torch.compile(official(cos, sin))}
-    for backend in ("triton", "reference"):
-        if OPS["rope_attention"].reason(backend, device, frozenset({dtype})) is None:
-            found[f"trm_fast {backend}"] = ours(backend)
-    found["trm_fast reference, torch.compile"] = torch.compile(ours("reference"), fullgraph=True)
-    return found
+    pair = (torch.cat((t, t), 1)[:, None] for t in (angle.cos(), angle.sin()))
+    cos, sin = (t.to(device, torch.float32) for t in pair)
+    return cos, sin
 
 
 def truth(fused: Tensor) -> Tensor:
@@ -75,40 +71,67 @@ def check(name: str, attend, fused: Tensor, d_out: Tensor) -> None:
             raise AssertionError(f"{name}: error must be that of rounding; got {error:.2g}")
 
 
-def jobs(functions: dict, fused: Tensor, d_out: Tensor, backward: bool) -> list[Job]:
-    def job(name: str, attend) -> Job:
+class RopeAttentionTable:
+    """Variants of one batch, dtype and pass."""
+
+    baselines = (TORCH, COMPILED)
+    floor = None
+    unit = "B"
+
+    def __init__(self, device: str, batch: int, dtype: str, pass_: str) -> None:
+        self.device, self.dtype, self.backward = device, dtype, pass_ == "backward"
+        torch._dynamo.reset()
+        generator = torch.Generator().manual_seed(0)
+        self.attend = official(*_angles(device))
+        shape = (batch, LENGTH, 3 * HEADS * DIM)
+        fused = torch.randn(shape, generator=generator).to(device, DTYPES[dtype])
+        self.given = [fused.requires_grad_()]
+        self.d_out = torch.randn(batch, LENGTH, HEADS * DIM, generator=generator).to(fused)
+        self.work = fused.nbytes // 3 * (11 if self.backward else 4)
+
+    def row(self, name: str) -> Row:
+        function = self._function(name)
+        check(name, function, *self.given, self.d_out)
+
         def step() -> None:
-            if backward:
-                torch.autograd.grad(attend(fused), fused, d_out)
+            if self.backward:
+                torch.autograd.grad(function(*self.given), self.given, self.d_out)
             else:
                 with torch.no_grad():
-                    attend(fused)
+                    function(*self.given)
 
-        return Job(name, step)
+        return Row(step, work=self.work)
 
-    return [job(name, attend) for name, attend in functions.items()]
+    def _function(self, name: str) -> Callable[..., Tensor]:
+        if name == TORCH:
+            return self.attend
+        if name == COMPILED:
+            return torch.compile(self.attend)
+        if name == COMPILED_REFERENCE:
+            return torch.compile(ours("reference"), fullgraph=True)
+        backend = name.removeprefix("trm_fast ")
+        reason = OPS["rope_attention"].reason(backend, self.device, frozenset({DTYPES[self.dtype]}))
+        if reason is not None:
+            raise Unavailable(reason)
+        return ours(backend)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("device", "batch"), [(d, b) for d in BATCHES for b in BATCHES[d]])
-def test_rope_attention(device: str, batch: int, dtype: str, backward: bool, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, LENGTH, 3 * HEADS * DIM)
-    fused = torch.randn(shape, generator=generator).to(device, DTYPES[dtype]).requires_grad_()
-    d_out = torch.randn(batch, LENGTH, HEADS * DIM, generator=generator).to(fused)
-    functions = variants(device, DTYPES[dtype])
-    for name, attend in functions.items():
-        check(name, attend, fused, d_out)
-    timed = jobs(functions, fused, d_out, backward)
-    interleave(timed, run.rounds, device)
-    moved = fused.element_size() * fused.numel() // 3 * (11 if backward else 4)
-    rows = [Row(job.name, job.seconds, moved) for job in timed]
-    pass_ = "forward and backward" if backward else "forward"
-    run.tables.append(
-        Table(f"attention, batch {batch}, {dtype}, {pass_} on {device}", rows, TORCH, "")
-    )
+def _case(device: str, batch: int, dtype: str, pass_: str) -> Case:
+    names = [f"trm_fast {backend}" for backend in OPS["rope_attention"].order[device]]
+    return Case(
+        f"{device}-{batch}-{dtype}-{pass_}",
+        f"Attention, batch {batch}, {dtype}, {pass_}, {device}",
+        partial(RopeAttentionTable, device, batch, dtype, pass_),
+        (TORCH, COMPILED, *names), (COMPILED_REFERENCE,),
+        # On a CPU the op is a part of latent_update, whose table shows what it gains.
+        default=device == "cuda",
+    )  # fmt: skip
+
+
+test_rope_attention = rows_of(
+    _case(device, batch, dtype, pass_)
+    for device in DEVICES
+    for batch in BATCHES[device]
+    for dtype in DTYPES
+    for pass_ in ("forward", "backward")
+)

@@ -2,23 +2,20 @@
 
 The official formulation computes in float64; torch's own cross-entropy is softmax, and is timed
 with the argmax and the counts that a training step needs of either. All start from the same
-float32 logits. The notes below a table give the largest relative error of loss and gradient to the
-formula in float64, before anything is timed; a variant that is off by more than float32 explains
-stops the run.
+float32 logits. A row is measured after loss and gradient were compared with the formula in float64.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trm_fast.ops import OPS, stablemax_cross_entropy
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
 
 IGNORED = -100
 SIZES = {
@@ -27,7 +24,7 @@ SIZES = {
     "B 64 x L 81 x V 11": (64, 81, 11),
     "B 4 x L 128 x V 50257": (4, 128, 50257),
 }
-OFFICIAL = "float64 formulation, eager"
+OFFICIAL, SOFTMAX = "float64 formulation, eager", "F.cross_entropy + argmax"
 # Some forty roundings in float32, and those of logarithm and exponential of scores up to 10.
 BOUND = 128 * 2.0**-24
 
@@ -76,24 +73,26 @@ def _ours(kind: str, backend: str | None) -> Callable[[Tensor, Tensor], Outputs]
     )
 
 
-def _variants(device: str) -> list[Variant]:
-    op = OPS["stablemax_cross_entropy"]
-    usable = [b for b in op.implementations if not op.reason(b, device, frozenset({torch.float32}))]
-    eager = [
-        Variant("float64 formulation", official),
-        Variant("F.cross_entropy + argmax", torch_softmax, "softmax"),
-    ]
-    compiled = [
-        *eager,
-        Variant("trm_fast", _ours("stablemax", None)),
-        Variant("trm_fast softmax", _ours("softmax", None), "softmax"),
-    ]
-    eager += [Variant(f"trm_fast {b}", _ours("stablemax", b)) for b in usable]
-    eager += [Variant(f"trm_fast {b} softmax", _ours("softmax", b), "softmax") for b in usable]
-    return [
-        *(Variant(f"{v.name}, eager", v.run, v.kind) for v in eager),
-        *(Variant(f"{v.name}, compiled", torch.compile(v.run), v.kind) for v in compiled),
-    ]
+def _variant(name: str, device: str) -> Variant:
+    """Returns a variant by its name.
+
+    Raises:
+        Unavailable: its backend cannot run here.
+    """
+    what, _, how = name.rpartition(", ")
+    if what == "float64 formulation":
+        run, kind = official, "stablemax"
+    elif what == SOFTMAX:
+        run, kind = torch_softmax, "softmax"
+    else:
+        kind = "softmax" if what.endswith(" softmax") else "stablemax"
+        backend = what.removeprefix("trm_fast").removesuffix(" softmax").strip() or None
+        op = OPS["stablemax_cross_entropy"]
+        reason = backend and op.reason(backend, device, frozenset({torch.float32}))
+        if reason:
+            raise Unavailable(reason)
+        run = _ours(kind, backend)
+    return Variant(name, torch.compile(run) if how == "compiled" else run, kind)
 
 
 def _true(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -107,8 +106,10 @@ def _true(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return torch.cat(losses), torch.cat(gradients)
 
 
-def _judge(variant: Variant, logits: Tensor, labels: Tensor, true: tuple[Tensor, Tensor]) -> str:
-    """Returns the note about the errors of a variant.
+def _errors(
+    variant: Variant, logits: Tensor, labels: Tensor, true: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Returns the largest errors of loss and gradient, relative to the largest value.
 
     Raises:
         AssertionError: an error is larger than float32 explains.
@@ -119,42 +120,65 @@ def _judge(variant: Variant, logits: Tensor, labels: Tensor, true: tuple[Tensor,
     errors = [float((found - real).abs().max() / real.abs().max()) for found, real in pairs]
     if not max(errors) <= BOUND:
         raise AssertionError(f"{variant.name}: errors must be below {BOUND:.1e}; got {errors}")
-    return f"{variant.name}: error of the loss {errors[0]:.1e}, of the gradient {errors[1]:.1e}"
+    return {"error": errors[0], "gradient_error": errors[1]}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", SIZES)
-def test_stablemax_cross_entropy(name: str, device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    logits = torch.randn(SIZES[name]).mul_(3).to(device).requires_grad_()
-    labels = torch.randint(SIZES[name][2], SIZES[name][:2])
-    labels[:, ::9] = IGNORED
-    labels = labels.to(device)
-    variants = _variants(device)
-    true = {kind: _true(logits, labels, kind) for kind in ("stablemax", "softmax")}
-    notes = [_judge(variant, logits, labels, true[variant.kind]) for variant in variants]
+class StablemaxTable:
+    """Variants on the same logits and labels, in one pass."""
 
-    def forward(variant: Variant) -> None:
-        with torch.no_grad():
-            variant.run(logits, labels)
+    baselines = (OFFICIAL,)
+    floor = None
+    unit = "B"
 
-    def both(variant: Variant) -> None:
-        torch.autograd.grad(variant.run(logits, labels)[0].sum(), logits)
+    def __init__(self, size: str, device: str, pass_: str) -> None:
+        self.device, self.backward = device, pass_ == "backward"
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        self.logits = torch.randn(SIZES[size]).mul_(3).to(device).requires_grad_()
+        labels = torch.randint(SIZES[size][2], SIZES[size][:2])
+        labels[:, ::9] = IGNORED
+        self.labels = labels.to(device)
+        self.truths: dict[str, tuple[Tensor, Tensor]] = {}
+        # The floor of the page: the logits once, 12 bytes per token; back both and the gradient.
+        passes = 3 if self.backward else 1
+        self.work = passes * self.logits.nbytes + (1 + self.backward) * 12 * labels.numel()
 
-    # The floor of the page: the logits once, 12 bytes per token; back the same and the gradient.
-    size, tokens = logits.nbytes, labels.numel()
-    for title, step, moved in (
-        ("forward", forward, size + 12 * tokens),
-        ("forward and backward", both, 3 * size + 24 * tokens),
-    ):
-        jobs = [Job(v.name, lambda v=v, step=step: step(v)) for v in variants]
-        for job in jobs:
-            job.step()
-        interleave(jobs, run.rounds, device)
-        rows = [Row(job.name, job.seconds, moved) for job in jobs]
-        heading = f"stablemax_cross_entropy, {title}, {name} on {device}"
-        run.tables.append(Table(heading, rows, OFFICIAL, "", {}, notes))
+    def row(self, name: str) -> Row:
+        chosen = _variant(name, self.device)
+        if chosen.kind not in self.truths:
+            self.truths[chosen.kind] = _true(self.logits, self.labels, chosen.kind)
+        errors = _errors(chosen, self.logits, self.labels, self.truths[chosen.kind])
+
+        def step() -> None:
+            if self.backward:
+                loss = chosen.run(self.logits, self.labels)[0]
+                torch.autograd.grad(loss.sum(), self.logits)
+            else:
+                with torch.no_grad():
+                    chosen.run(self.logits, self.labels)
+
+        step()
+        return Row(step, work=self.work, facts=lambda: errors)
+
+
+def _case(size: str, device: str, pass_: str) -> Case:
+    order = OPS["stablemax_cross_entropy"].order[device]
+    ours = [f"trm_fast {backend}" for backend in (*order, "reference")]
+    eager = ("float64 formulation", SOFTMAX, *dict.fromkeys(ours))
+    rows = tuple(f"{name}, eager" for name in eager)
+    more = [f"{name} softmax, eager" for name in dict.fromkeys(ours)]
+    more += [f"{name}, compiled" for name in ("float64 formulation", SOFTMAX, "trm_fast")]
+    more += ["trm_fast softmax, compiled"]
+    return Case(
+        f"{size}-{device}-{pass_}", f"Stablemax cross entropy, {pass_}, {size}, {device}",
+        partial(StablemaxTable, size, device, pass_), rows, tuple(more),
+        default=size == "B 16 x L 81 x V 11",
+    )  # fmt: skip
+
+
+test_stablemax_cross_entropy = rows_of(
+    _case(size, device, pass_)
+    for device in DEVICES
+    for size in SIZES
+    for pass_ in ("forward", "backward")
+)

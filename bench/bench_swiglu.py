@@ -1,49 +1,30 @@
 """SwiGLU: ours beside plain torch and torch.compile, with the memory that each keeps for backward.
 
-The reference is plain torch. Sizes are those of a tiny recursive model of width 512. Before
-anything is timed, the results of each variant are compared with the formula in float64.
+The reference is plain torch. Sizes are those of a tiny recursive model of width 512. A
+row is measured after its results were compared with the formula in float64.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 
 import trm_fast
 from trm_fast.ops import OPS, swiglu
 
-from ._report import Row, Run, Table, in_bytes
-from ._timing import Job, interleave
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
 
-PLAIN = "trm_fast reference"
+OURS, COMPILED = "trm_fast ", "torch.compile"
+PLAIN = f"{OURS}reference"
 WIDTH, INNER = 512, 1536
 # Rows, dtype.
 SIZES = {
     "cpu": [(4 * 97, torch.float32), (16 * 97, torch.float32), (16 * 97, torch.bfloat16)],
     "cuda": [(768 * 97, torch.float32), (768 * 97, torch.bfloat16)],
 }
-CASES = [(device, *size) for device, sizes in SIZES.items() for size in sizes]
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(eq=False)
-class Variant:
-    """A way to compute the network."""
-
-    name: str
-    network: Network
-
-
-def variants(device: str) -> Iterator[Variant]:
-    states = trm_fast.backends()["swiglu"][device]
-    for backend in OPS["swiglu"].order[device]:
-        if states[backend] in ("usable", "chosen"):
-            yield Variant(f"trm_fast {backend}", _ours(backend))
-    torch._dynamo.reset()  # or the compiler gives up on what it has compiled for many sizes
-    yield Variant("torch.compile", torch.compile(_ours("reference"), dynamic=False))
 
 
 def _ours(backend: str) -> Network:
@@ -76,16 +57,16 @@ class Workload:
         with torch.no_grad():
             return network(*self.inputs)
 
-    def check(self, variant: Variant) -> None:
+    def check(self, name: str, network: Network) -> None:
         """Raises AssertionError where a result is off by more than eight roundings of its dtype, of
         which plain torch makes six, or by sums of thousands of terms in float32."""
         bound = 8 * torch.finfo(self.dout.dtype).eps + 4096 * 2.0**-24
-        for found, true in zip(self.both_ways(variant.network), self.truth, strict=True):
+        for found, true in zip(self.both_ways(network), self.truth, strict=True):
             error = float((found.detach().double() - true).abs().max() / true.abs().max())
             if not error <= bound:
-                raise AssertionError(f"{variant.name}: error must be <= {bound:.1g}; got {error}")
+                raise AssertionError(f"{name}: error must be <= {bound:.1g}; got {error}")
 
-    def kept(self, variant: Variant) -> int:
+    def kept(self, network: Network) -> int:
         """Returns the bytes that a call keeps for backward, beyond x and the weights."""
         given = {tensor.data_ptr() for tensor in self.leaves}
         found: dict[int, int] = {}
@@ -97,42 +78,58 @@ class Workload:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            out = variant.network(*self.leaves)
+            out = network(*self.leaves)
         del out
         return sum(found.values())
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("device", "rows", "dtype"), CASES, ids=str)
-def test_swiglu(device: str, rows: int, dtype: torch.dtype, backward: bool, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    workload = Workload(rows, dtype, device)
-    chosen = list(variants(device))
-    for variant in chosen:
-        workload.check(variant)
-    call = workload.both_ways if backward else workload.forward
-    jobs = [_job(variant, call) for variant in chosen]
-    interleave(jobs, run.rounds, device)
-    done = "forward and backward" if backward else "forward"
-    shape = f"{rows} x {WIDTH} to {INNER} to {WIDTH} {str(dtype).removeprefix('torch.')}"
-    timed = [Row(job.name, job.seconds, None) for job in jobs]
-    table = Table(f"SwiGLU, {done}, {shape}, {device}", timed, PLAIN, "")
-    table.notes = _notes(workload, chosen, timed, 3 * 2 * (3 if backward else 1) * rows)
-    run.tables.append(table)
+class SwiGLUTable:
+    """Variants of one size and pass.
+
+    What is computed a second time in the backward pass is not counted: it is no part of the task.
+    """
+
+    baselines = (PLAIN,)
+    floor = None
+    unit = "FLOP"
+
+    def __init__(self, device: str, rows: int, dtype: torch.dtype, pass_: str) -> None:
+        self.device, self.backward = device, pass_ == "backward"
+        self.work = 3 * 2 * (3 if self.backward else 1) * rows * WIDTH * INNER
+        self.workload = Workload(rows, dtype, device)
+        torch._dynamo.reset()  # or the compiler gives up on what it has compiled for many sizes
+
+    def row(self, name: str) -> Row:
+        network = self._network(name)
+        self.workload.check(name, network)
+        call = self.workload.both_ways if self.backward else self.workload.forward
+        facts = {"kept_bytes": self.workload.kept(network)}
+        return Row(lambda: call(network), work=self.work, facts=lambda: facts)
+
+    def _network(self, name: str) -> Network:
+        if name == COMPILED:
+            return torch.compile(_ours("reference"), dynamic=False)
+        backend = name.removeprefix(OURS)
+        reason = trm_fast.backends()["swiglu"][self.device][backend]
+        if reason not in ("usable", "chosen"):
+            raise Unavailable(reason)
+        return _ours(backend)
 
 
-def _notes(
-    workload: Workload, chosen: Sequence[Variant], timed: Sequence[Row], flops: int
-) -> list[str]:
-    """The second computation of gate and up is not counted: it is no part of the task."""
-    return [
-        f"{variant.name}: {flops * WIDTH * INNER / row.median / 1e9:.0f} GFLOP/s; keeps "
-        f"{in_bytes(workload.kept(variant))} for backward"
-        for variant, row in zip(chosen, timed, strict=True)
-    ]
+def _case(device: str, rows: int, dtype: torch.dtype, pass_: str) -> Case:
+    short = str(dtype).removeprefix("torch.")
+    names = [f"{OURS}{backend}" for backend in OPS["swiglu"].order[device]]
+    return Case(
+        f"{device}-{rows}-{short}-{pass_}",
+        f"SwiGLU, {pass_}, {rows} x {WIDTH} to {INNER} to {WIDTH} {short}, {device}",
+        partial(SwiGLUTable, device, rows, dtype, pass_), (*names, COMPILED),
+        default=(rows, dtype) in ((16 * 97, torch.bfloat16), (768 * 97, torch.bfloat16)),
+    )  # fmt: skip
 
 
-def _job(variant: Variant, call: Callable[[Network], object]) -> Job:
-    return Job(variant.name, lambda: call(variant.network))
+test_swiglu = rows_of(
+    _case(device, *size, pass_)
+    for device in DEVICES
+    for size in SIZES[device]
+    for pass_ in ("forward", "backward")
+)

@@ -5,10 +5,11 @@ to the last bit before anything is timed. The trainer meters, guards, names its 
 """
 
 import itertools
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -17,8 +18,7 @@ from trm_fast.nn import TinyRecursiveModel, TRMConfig
 from trm_fast.train import PerStepSupervision, Trainer, TrainerConfig
 from trm_fast.train.checkpoints.snapshot import snapshot
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import Case, Row, rows_of
 
 # Updates per turn, after which the trainer logs: ten times as often as it does by default.
 BLOCK = 5
@@ -88,54 +88,71 @@ class _Ours:
             next(self.steps)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_overhead_cpu(name: str, run: Run) -> None:
-    bare, ours = _Bare(*SIZES[name]), _Ours(*SIZES[name])
-    for _ in range(CHECKED // BLOCK):
-        bare()
-        ours()
-    for one, other in zip(bare.model.parameters(), ours.model.parameters(), strict=True):
-        assert torch.equal(one, other), "the trainer must take the steps of the bare loop"
-    jobs = [Job(BARE, bare), Job(OURS, ours)]
-    interleave(jobs, run.rounds, "cpu")
-    rows = [Row(job.name, [s / BLOCK for s in job.seconds], None) for job in jobs]
-    count = sum(param.numel() for param in bare.model.parameters())
-    title = f"Trainer on cpu: an update of a TRM of {count:,} parameters"
-    table = Table(title, rows, BARE, "")
-    theirs, mine = (table.row(row).median for row in (BARE, OURS))
-    table.notes = [
-        f"the trainer adds {(mine - theirs) * 1e6:.0f} us to {theirs * 1e3:.1f} ms: "
-        f"{mine / theirs - 1:.1%}"
-    ]
-    run.tables.append(table)
+class Overhead:
+    """A bare loop and the trainer, which have taken the same steps."""
+
+    device = "cpu"
+    baselines = (BARE,)
+    floor = None
+    unit = "B"
+
+    def __init__(self, name: str) -> None:
+        self.loops = {BARE: _Bare(*SIZES[name]), OURS: _Ours(*SIZES[name])}
+        for _ in range(CHECKED // BLOCK):
+            for loop in self.loops.values():
+                loop()
+        weights = (loop.model.parameters() for loop in self.loops.values())
+        for one, other in zip(*weights, strict=True):
+            if not torch.equal(one, other):
+                raise AssertionError("the trainer must take the steps of the bare loop")
+
+    def row(self, name: str) -> Row:
+        return Row(self.loops[name], items=BLOCK)
 
 
-def test_checkpoint_cpu(run: Run, tmp_path: Path) -> None:
-    model = TinyRecursiveModel("sudoku_mlp", num_puzzle_identifiers=1)
-    ids = torch.zeros(1, dtype=torch.int64)
-    tokens = torch.ones(1, 81, dtype=torch.int64)
-    batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": ids}
-    trainer = Trainer(
-        model, _optimizer, [batch], PerStepSupervision(model), TrainerConfig(steps=0),
-        out=tmp_path / "run", device="cpu",
-    )  # fmt: skip
-    trainer.fit()
-    size = sum(path.stat().st_size for path in trainer.save().iterdir())
+class Checkpoints:
+    """A checkpoint of a TRM of official size, in a folder that goes with the table."""
 
-    def forget() -> None:
-        trainer._saved = None
+    device = "cpu"
+    baselines = (TORCH_SAVE,)
+    floor = None
+    unit = "B"
 
-    jobs = [
-        Job(SAVE, trainer.save, forget),
-        Job(TORCH_SAVE, lambda: torch.save(snapshot(trainer), tmp_path / "state.pt")),
-        Job(RESUME, lambda: trainer.fit(resume=True)),
-    ]
-    interleave(jobs, min(run.rounds, 5), "cpu")
-    rows = [Row(job.name, job.seconds, None) for job in jobs]
-    title = f"A checkpoint of {size / 1e6:.0f} MB of a TRM on cpu, official size"
-    table = Table(title, rows, TORCH_SAVE, "")
-    save = table.row(SAVE).median
-    table.notes = [
-        f"a durable checkpoint halts the run for {save:.2f} s, {size / save / 1e6:.0f} MB/s"
-    ]
-    run.tables.append(table)
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+        model = TinyRecursiveModel("sudoku_mlp", num_puzzle_identifiers=1)
+        ids = torch.zeros(1, dtype=torch.int64)
+        tokens = torch.ones(1, 81, dtype=torch.int64)
+        batch = {"inputs": tokens, "labels": tokens, "puzzle_identifiers": ids}
+        self.trainer = Trainer(
+            model, _optimizer, [batch], PerStepSupervision(model), TrainerConfig(steps=0),
+            out=self.folder / "run", device="cpu",
+        )  # fmt: skip
+        self.trainer.fit()
+        self.size = sum(path.stat().st_size for path in self.trainer.save().iterdir())
+
+    def row(self, name: str) -> Row:
+        if name == SAVE:
+            return Row(self.trainer.save, self._forget, work=self.size)
+        if name == TORCH_SAVE:
+            path = self.folder / "state.pt"
+            return Row(lambda: torch.save(snapshot(self.trainer), path), work=self.size)
+        return Row(lambda: self.trainer.fit(resume=True), work=self.size)
+
+    def _forget(self) -> None:
+        self.trainer._saved = None
+
+
+test_overhead = rows_of(
+    Case(
+        f"{name}-cpu",
+        f"Trainer, update of a {name} TRM, cpu",
+        partial(Overhead, name),
+        (BARE, OURS),
+    )
+    for name in SIZES
+)
+test_checkpoint = rows_of(
+    [Case("cpu", "Checkpoint of a TRM, cpu", Checkpoints, (SAVE, TORCH_SAVE, RESUME))]
+)

@@ -1,27 +1,25 @@
 """The recursion on vectors: ours beside eager torch and torch.compile, forward and whole step.
 
 T = 3 levels of n = 6 steps, y once per level, gradients of the last level, as a classifier trains.
-Before anything is timed, results are compared with the same recursion in float64. Below a table
-stand the rates: of torch.mm at the shape of the batch, and of each forward pass, by the
-multiply-adds of the formula read literally, 81 h^2 for each row, of which ours computes 49 h^2.
+A row is measured after its results were compared with the same recursion in float64. Rates count
+the multiply-adds of the formula read literally, 81 h^2 for each row of the batch, of which ours
+computes 49 h^2; beside them stands the rate of torch.mm at the shape of the batch.
 """
 
 from collections.abc import Callable
 from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from trm_fast.ops import OPS, vector_latent_update
 
-from ._report import Row, Run, Table
-from ._timing import Job, interleave
+from ._tables import DEVICES, Case, Row, Unavailable, rows_of
 
 SIZES = [(128, 32), (128, 256), (256, 32), (256, 256)]
 N, T = 6, 3
-EAGER, COMPILED, GEMM = "eager", "torch.compile", "torch.mm, 20 times"
+OURS, EAGER, COMPILED, GEMM = "trm_fast ", "eager", "torch.compile", "torch.mm, 20 times"
 PRODUCTS = 20
 Recursion = Callable[..., tuple[Tensor, Tensor]]
 
@@ -71,75 +69,83 @@ class Workload:
         y, _ = run(self.x, self.y, self.z, self.weights)
         return torch.autograd.grad(y, self.leaves, self.grad)
 
-    def judge(self, name: str, run: Recursion) -> None:
-        """Raises an AssertionError if the states are wrong."""
+    def judge(self, name: str, run: Recursion) -> float:
+        """Returns the larger error of both states.
+
+        Raises:
+            AssertionError: it is more than float32 explains.
+        """
+        errors = []
         for found, true in zip(self.forward(run), self.truth, strict=True):
             error = float((found.double() - true).norm() / true.norm())
             # 21 updates, each with some roundings.
             if not error < 1e-5:
                 raise AssertionError(f"{name}: error must be below 1e-5; got {error:.2g}")
+            errors.append(error)
+        return max(errors)
 
 
-def _variants(device: str, hidden: int) -> dict[str, Recursion]:
-    backend = "cpp" if device == "cpu" else "triton"
-    found: dict[str, Recursion] = {EAGER: plain, COMPILED: torch.compile(plain)}
-    reason = OPS["vector_latent_update"].reason(backend, device, frozenset({torch.float32}))
-    if reason is None:
-        for recompute in (True, False):
+class Vectors:
+    """Variants of one size and pass, and products of the same shape."""
 
-            def ours(
-                x: Tensor, y: Tensor, z: Tensor, weights: list[Tensor], recompute: bool = recompute
-            ) -> tuple[Tensor, Tensor]:
-                return vector_latent_update(
-                    x, y, z, weights, n=N, T=T, recompute=recompute, backend=backend
-                )
+    baselines = (EAGER, COMPILED)
+    floor = GEMM
+    unit = "FLOP"
 
-            found[f"trm_fast {backend}" + ("" if recompute else ", kept")] = ours
-    return found
+    def __init__(self, hidden: int, batch: int, device: str, what: str) -> None:
+        self.hidden, self.batch, self.device, self.what = hidden, batch, device, what
+        torch._dynamo.reset()
+        self.workload = Workload(hidden, batch, device)
 
+    def row(self, name: str) -> Row:
+        if name == GEMM:
+            return self._products()
+        variant = self._variant(name)
+        error = self.workload.judge(name, variant)
+        run = self.workload.step if self.what == "step" else self.workload.forward
+        run(variant)
+        # By the formula read literally; with gradients of the last level.
+        work = 2 * 81 * self.batch * self.hidden**2 * (1 + 2 * (self.what == "step") / T)
+        return Row(lambda: run(variant), work=work, facts=lambda: {"error": error})
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("hidden", "batch"), SIZES)
-def test_vector_latent_update(hidden: int, batch: int, device: str, run: Run) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        run.skipped["cuda"] = "torch finds no CUDA device"
-        pytest.skip(run.skipped["cuda"])
-    if device == "cuda" and hidden > 128:
-        pytest.skip("triton runs hidden sizes up to 128")
-    torch._dynamo.reset()
-    workload = Workload(hidden, batch, device)
-    variants = _variants(device, hidden)
-    for name, variant in variants.items():
-        workload.judge(name, variant)
-        workload.step(variant)
-    for what, method in (("forward", workload.forward), ("step", workload.step)):
-        # What is kept makes no difference without a backward pass.
-        names = [name for name in variants if what == "step" or not name.endswith("kept")]
-        jobs = [Job(name, partial(method, variants[name])) for name in names]
-        gemm = _gemm_job(hidden, batch, device)
-        interleave([*jobs, gemm], run.rounds, device)
-        rows = [Row(job.name, job.seconds, None) for job in [*jobs, gemm]]
-        table = Table(f"Vectors, {what}, h{hidden} B{batch} on {device}", rows, COMPILED, "")
-        if what == "forward":
-            table.notes = _notes(table, hidden, batch)
-        run.tables.append(table)
+    def _variant(self, name: str) -> Recursion:
+        if name in (EAGER, COMPILED):
+            return plain if name == EAGER else torch.compile(plain)
+        backend, _, kept = name.removeprefix(OURS).partition(", ")
+        reason = OPS["vector_latent_update"].reason(
+            backend, self.device, frozenset({torch.float32})
+        )
+        if reason is not None:
+            raise Unavailable(reason)
+        return partial(vector_latent_update, n=N, T=T, recompute=not kept, backend=backend)
 
+    def _products(self) -> Row:
+        shapes = ((rows, self.hidden) for rows in (self.batch, self.hidden))
+        a, b = (torch.randn(shape, device=self.device) for shape in shapes)
 
-def _gemm_job(hidden: int, batch: int, device: str) -> Job:
-    a, b = (torch.randn(rows, hidden, device=device) for rows in (batch, hidden))
+        def step() -> None:
+            for _ in range(PRODUCTS):
+                torch.mm(a, b)
 
-    def products() -> None:
-        for _ in range(PRODUCTS):
-            torch.mm(a, b)
-
-    return Job(GEMM, products)
+        return Row(step, work=PRODUCTS * 2 * self.batch * self.hidden**2)
 
 
-def _notes(table: Table, hidden: int, batch: int) -> list[str]:
-    peak = PRODUCTS * 2 * batch * hidden**2 / table.row(GEMM).median
-    notes = [f"torch.mm [{batch}, {hidden}] x [{hidden}, {hidden}]: {peak / 1e9:.0f} GFLOP/s"]
-    for row in table.rows:
-        if row.name != GEMM:
-            rate = 2 * 81 * batch * hidden**2 / row.median
-            notes.append(f"{row.name}: {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of torch.mm")
-    return notes
+def _case(hidden: int, batch: int, device: str, what: str) -> Case:
+    ours = f"{OURS}{'cpp' if device == 'cpu' else 'triton'}"
+    # What is kept makes no difference without a backward pass.
+    kept = [f"{ours}, kept"] if what == "step" else []
+    return Case(
+        f"{hidden}-{batch}-{device}-{what}",
+        f"Vectors, {what}, hidden {hidden}, batch {batch}, {device}",
+        partial(Vectors, hidden, batch, device, what), (EAGER, COMPILED, ours, *kept, GEMM),
+        default=(hidden, batch) == (128, 32),
+    )  # fmt: skip
+
+
+test_vector_latent_update = rows_of(
+    _case(hidden, batch, device, what)
+    for device in DEVICES
+    for hidden, batch in SIZES
+    if device == "cpu" or hidden <= 128  # triton runs no larger ones
+    for what in ("forward", "step")
+)
