@@ -16,16 +16,17 @@ import signal
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trm_fast.train import Callback, Trainer
+from trm_fast.train import Callback, Run, Step, StepResult
 
 from .train.runs import CASES, STEPS, differences, result
 
-PLACES = ("on_step", "on_log", "on_evaluate", "on_save", "forward", "signal")
+PLACES = ("forward", "on_gradients", "on_step", "on_log", "on_evaluate", "on_save", "signal")
 
 
 class Killed(BaseException):
@@ -45,25 +46,26 @@ class Interruption(Callback):
         self.place, self.step, self.passes = place, step, passes
         self.happened = False
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, run: Run) -> None:
         if self.place != "forward":
             return
-        take = type(trainer.objective).__call__
-        left = self.passes
+        objective = run.objective
+        losses, left = objective.losses, self.passes
 
-        def forward(*args: Any) -> Any:
+        def forward(*args: Any) -> Iterator[StepResult]:
             nonlocal left
-            if trainer.step >= self.step:
-                left -= 1
-                if left < 0:
-                    self.happened = True
-                    raise Killed
-            return take(trainer.objective, *args)
+            for found in losses(*args):
+                if run.step >= self.step:
+                    left -= 1
+                    if left < 0:
+                        self.happened = True
+                        raise Killed
+                yield found
 
-        trainer._update.objective = _Proxy(trainer.objective, forward)
+        objective.losses = forward  # type: ignore[method-assign]
 
-    def _end(self, place: str, trainer: Trainer) -> None:
-        if self.happened or trainer.step < self.step:
+    def _end(self, place: str, run: Run) -> None:
+        if self.happened or run.step < self.step:
             return
         if self.place == "signal" and place == "on_step":
             self.happened = True
@@ -72,30 +74,20 @@ class Interruption(Callback):
             self.happened = True
             raise Killed
 
-    def on_step(self, trainer: Trainer) -> None:
-        self._end("on_step", trainer)
+    def on_gradients(self, run: Run, step: Step) -> None:
+        self._end("on_gradients", run)
 
-    def on_log(self, trainer: Trainer, record: Any) -> None:
-        self._end("on_log", trainer)
+    def on_step(self, run: Run, step: Step) -> None:
+        self._end("on_step", run)
 
-    def on_evaluate(self, trainer: Trainer, record: Any) -> None:
-        self._end("on_evaluate", trainer)
+    def on_log(self, run: Run, record: Any) -> None:
+        self._end("on_log", run)
 
-    def on_save(self, trainer: Trainer, path: Path) -> None:
-        self._end("on_save", trainer)
+    def on_evaluate(self, run: Run, record: Any) -> None:
+        self._end("on_evaluate", run)
 
-
-class _Proxy:
-    """An objective with another way to be called."""
-
-    def __init__(self, objective: Any, call: Any) -> None:
-        self._objective, self._call = objective, call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._objective, name)
+    def on_save(self, run: Run, path: Path) -> None:
+        self._end("on_save", run)
 
 
 def interrupted(case: str, out: Path, chance: random.Random, times: int = 2) -> str:

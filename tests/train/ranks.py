@@ -21,9 +21,12 @@ from trm_fast.nn import TinyRecursiveModel
 from trm_fast.optim import GrokFastAdamW, SparseSignSGD
 from trm_fast.train import (
     Callback,
+    DeepSupervision,
     FunctionObjective,
     JointSupervision,
     PerStepSupervision,
+    Run,
+    Step,
     StepResult,
     Trainer,
     TrainerConfig,
@@ -141,6 +144,132 @@ def shuffled(out: Path, *callbacks: Callback) -> Trainer:
     )
 
 
+class Embedded(nn.Module):
+    """A model whose first pass is a method of its own, with weights that every step uses too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.net, self.head = nn.Linear(5, 7), nn.Linear(7, 7), nn.Linear(7, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+        self.register_buffer("memory", torch.zeros(7))
+
+    def start(self, batch: Any) -> Any:
+        return torch.tanh(self.embedding(batch[0])), torch.zeros(7, dtype=torch.float64)
+
+    def forward(self, state: Any, batch: Any) -> Any:
+        x, y = state
+        y = torch.tanh(self.net(x + y))
+        # The embedding is reached here and by the backward pass at the end.
+        logits = self.head(y) + self.embedding(batch[0])[:, :3]
+        return (x, y), logits
+
+
+def entropy(logits: Tensor, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(logits, batch[1])
+
+
+def supervised(strategy: str = "ddp", declared: bool = True, **config: Any) -> Trainer:
+    """Three losses for each batch, and a backward pass through the embedding at its end."""
+    world = World("cpu")
+    torch.manual_seed(0)
+    objective = DeepSupervision(entropy, 3, "halving")
+    if not declared:
+        objective.backwards = None
+    settings = {"steps": 8, "log_every": 3, "clip_norm": 0.5, "ema": 0.8, **config}
+    return Trainer(
+        Embedded().double(),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False),
+        parts(world),
+        objective,
+        TrainerConfig(strategy=strategy, **settings),
+        device=world,
+    )
+
+
+def missing() -> dict[str, Any]:
+    """Only the second process has a gradient of one weight, and no process one of another."""
+    trainer = supervised()
+
+    def uneven(model: nn.Module, batch: Any) -> Tensor:
+        used = model.embedding(batch[0])[:, :3]
+        return entropy(used + (model.head(torch.ones(7).double()) if trainer.world.rank else 0),
+                       batch)  # fmt: skip
+
+    trainer.objective = FunctionObjective(uneven)
+    seen: list[Tensor] = []
+
+    class Look(Callback):
+        def on_gradients(self, run: Run, step: Step) -> None:
+            grad = run.model.head.weight.grad
+            assert run.model.unused.grad is None and run.model.net.weight.grad is None
+            seen.append(grad.clone())
+
+    trainer.callbacks.append(Look())
+    trainer.fit()
+    return {"grads": seen, "head": trainer.model.head.weight.detach()}
+
+
+class Remembers(Callback):
+    """Writes what the process has seen into a buffer of the model, which differs by process."""
+
+    def on_step(self, run: Run, step: Step) -> None:
+        run.model.memory.add_(step.batches[0][0].mean())
+
+
+def remembering(out: Path, *callbacks: Callback) -> Trainer:
+    trainer = supervised(save_every=3, steps=7)
+    return Trainer(
+        trainer.model, trainer.optimizers[0], parts(trainer.world), trainer.objective,
+        trainer.config, callbacks=(Remembers(), *callbacks), out=out, device=trainer.world,
+    )  # fmt: skip
+
+
+def remembered(out: Path) -> dict[str, Any]:
+    trainer = remembering(out / "memory")
+    trainer.fit()
+    wanted = trainer.model.memory.clone()
+    remembering(out / "memory-parts", AtStep(4, lambda run: run.stop("for now"), None)).fit()
+    again = remembering(out / "memory-parts")
+    again.fit(resume=True)
+    return {"wanted": wanted, "found": again.model.memory.clone(), "step": again.step}
+
+
+def overflowing() -> dict[str, Any]:
+    """float16 overflows in the second process alone."""
+    trainer = small(precision="fp16", evaluate_every=0, ema=None, max_nonfinite=1, steps=6)
+    trainer.model.float()
+    rows = [(one.float(), other) for one, other in parts(trainer.world)]
+
+    def too_large(model: nn.Module, batch: Any) -> Tensor:
+        scale = trainer.scaler.get_scale()
+        value = loss(model, batch).loss
+        if trainer.world.rank == 1 and scale > 2.0**14:
+            value = value + _spoil(value)
+        return value
+
+    finite: list[bool] = []
+
+    class Look(Callback):
+        def on_step(self, run: Run, step: Step) -> None:
+            finite.append(bool(step.finite))
+
+    again = Trainer(
+        trainer.model, torch.optim.SGD(trainer.model.parameters(), lr=0.1), rows,
+        FunctionObjective(too_large), trainer.config, callbacks=[Look()], device=trainer.world,
+    )  # fmt: skip
+    trainer = again
+    again.fit()
+    model = torch.cat([param.detach().flatten() for param in again.model.parameters()])
+    return {"finite": finite, "scale": again.scaler.get_scale(), "model": model}
+
+
+def _spoil(value: Tensor) -> Tensor:
+    """Zero, with a gradient that is infinite."""
+    copy = value * 1.0
+    copy.register_hook(lambda grad: grad * math.inf)
+    return copy - copy.detach()
+
+
 def finished(trainer: Trainer) -> dict[str, Any]:
     """What is compared: the state, whole, and the records."""
     summary = trainer.fit()
@@ -161,14 +290,14 @@ def finished(trainer: Trainer) -> dict[str, Any]:
 
 
 class AtStep(Callback):
-    """Does something in the second process after a step."""
+    """Does something after a step, in one process or, with None, in all."""
 
-    def __init__(self, step: int, action: Callable[[Trainer], None]) -> None:
-        self.step, self.action = step, action
+    def __init__(self, step: int, action: Callable[[Run], None], rank: int | None = 1) -> None:
+        self.step, self.action, self.rank = step, action, rank
 
-    def on_step(self, trainer: Trainer) -> None:
-        if trainer.step == self.step and trainer.world.rank == 1:
-            self.action(trainer)
+    def on_step(self, run: Run, step: Step) -> None:
+        if run.step == self.step and self.rank in (None, run.world.rank):
+            self.action(run)
 
 
 def stopped(out: Path) -> int:
@@ -188,11 +317,11 @@ def spoilt(strategy: str) -> dict[str, Any]:
         bad = trainer.step == 2 and trainer.world.rank == 1
         return found._replace(loss=found.loss + math.nan) if bad else found
 
-    trainer._update.objective = FunctionObjective(spoilt_loss)
+    trainer.objective = FunctionObjective(spoilt_loss)
     weights: list[Tensor] = []
 
     class Keep(Callback):
-        def on_step(self, trainer: Trainer) -> None:
+        def on_step(self, run: Run, step: Step) -> None:
             state = snapshot(trainer)["model"]
             weights.append(torch.cat([value.flatten() for value in state.values()]))
 
@@ -244,6 +373,14 @@ SCENES: dict[str, Callable[[Path], Any]] = {
     "whole": lambda out: shuffled(out / "whole").fit().step,
     "stopped": lambda out: stopped(out / "parts"),
     "resumed": lambda out: shuffled(out / "parts").fit(resume=True).step,
+    "supervised": lambda out: finished(supervised()),
+    "supervised, accumulated": lambda out: finished(supervised(accumulate=2)),
+    "supervised, fsdp2": lambda out: finished(supervised("fsdp2")),
+    "supervised, fsdp2, accumulated": lambda out: finished(supervised("fsdp2", accumulate=2)),
+    "supervised, fsdp2, undeclared": lambda out: finished(supervised("fsdp2", False)),
+    "missing": lambda out: missing(),
+    "remembered": remembered,
+    "overflowing": lambda out: overflowing(),
     "spoilt": lambda out: spoilt("ddp"),
     "spoilt, fsdp2": lambda out: spoilt("fsdp2"),
     "from one": lambda out: crossed(out, "ddp"),

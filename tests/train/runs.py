@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from trm_fast.nn import TRMConfig
 from trm_fast.optim import AdamATan2, GrokFastAdamW, MuGrokfast
 from trm_fast.recipes.grokking import trainer as grokking
-from trm_fast.recipes.optimizers import OptimizerConfig
 from trm_fast.recipes.puzzle import trainer as puzzle
 from trm_fast.recipes.puzzle.data import SudokuData
+from trm_fast.recipes.puzzle.optimizer import PuzzleOptimizerConfig
 from trm_fast.train import (
     Callback,
     Checkpoints,
@@ -134,7 +134,7 @@ def puzzle_run(
     settings = puzzle.SudokuConfig(
         model=model,
         data=dataclasses.replace(_DATA, augment=augment),
-        optimizer=OptimizerConfig(name=optimizer, lr=0.01, warmup=4, puzzle_lr=0.01),
+        optimizer=PuzzleOptimizerConfig(name=optimizer, lr=0.01, warmup=4, puzzle_lr=0.01),
         train=dataclasses.replace(_TRAIN, **config),
         batch=4,
         supervision=supervision,
@@ -185,6 +185,7 @@ CASES: dict[str, Make] = {
     "function, grokfast": _case(function_run, optimizer="grokfast", clip_norm=0.1),
     "function, window": _case(function_run, optimizer="window", ema=0.9),
     "function, atan2, bf16": _case(function_run, optimizer="atan2", precision="bf16"),
+    "function, fp16": _case(function_run, optimizer="grokfast", precision="fp16", accumulate=2),
     "function, muon": _case(function_run, optimizer="muon", accumulate=2),
     "function, fp64": _case(function_run, optimizer="grokfast", dtype=torch.float64),
     "grokking": _case(grokking_run),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from trm_fast.train import Batches, RepeatedBatches
+from trm_fast.train import Batches, EpochBatches, RepeatedBatches
 from trm_fast.train._rng import fork_rng, generators, seed_everything, set_generators
-from trm_fast.train.batches import take, to_device
+from trm_fast.train.batches import iterator_of, take, to_device
 
 CPU = torch.device("cpu")
 
@@ -153,3 +153,88 @@ def test_a_fork_gives_them_back_also_after_an_error():
         raise KeyError
     after = (random.getstate(), np.random.get_state()[2], torch.get_rng_state())
     assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+
+
+# Epochs
+
+
+class NoLength:
+    """An iterable that does not say how many there are."""
+
+    def __iter__(self) -> Any:
+        return iter([1, 2, 3])
+
+
+@pytest.mark.parametrize("source", [[1, 2, 3], NoLength(), lambda epoch: [1, 2, 3]])
+def test_what_is_accumulated_ends_with_its_epoch(source):
+    batches = EpochBatches(source, epochs=2)
+    iterator, found, epochs = iterator_of(batches), [], []
+    while batches.completed < 2 or (found and found[-1]):
+        found.append(take(iterator, batches, 2, CPU)[0])
+        epochs.append(batches.completed)
+    assert [part for part in found if part] == [[1, 2], [3], [1, 2], [3]]
+    assert sorted(epochs) == epochs
+    # Where the length is known, the last batch of an epoch ends it.
+    if not isinstance(source, NoLength):
+        assert epochs[:4] == [0, 1, 1, 2]
+
+
+def test_an_epoch_may_be_made_for_its_number():
+    assert list(EpochBatches(lambda epoch: [epoch] * (epoch + 1), epochs=3)) == [0, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("taken", range(9))
+def test_with_a_seed_everything_random_follows_from_it_and_the_epoch(taken):
+    def draws(batches: EpochBatches, count: int) -> list[Any]:
+        # What is drawn beside, as by dropout, and the order.
+        return [(batch[0].tolist(), float(torch.rand(())), random.random())
+                for _, batch in zip(range(count), batches, strict=False)]  # fmt: skip
+
+    torch.manual_seed(0)
+    wanted = draws(EpochBatches(loader(), seed=3), 12)
+    torch.manual_seed(1)
+    batches = EpochBatches(loader(), seed=3)
+    found = draws(batches, taken)
+    state, now = batches.state_dict(), generators(CPU)
+    seed_everything(7)
+    other = EpochBatches(loader(), seed=8)
+    other.load_state_dict(state)
+    set_generators(now, CPU)
+    assert found + draws(other, 12 - taken) == wanted
+    assert draws(EpochBatches(loader(), seed=4), 12) != wanted
+
+
+class Rotated:
+    """A source with a state: each epoch goes on from the order of the last one."""
+
+    def __init__(self) -> None:
+        self.order = [1, 2, 3]
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        self.order = [*self.order[1:], self.order[0]]
+        return iter(self.order)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order = state["order"]
+
+
+@pytest.mark.parametrize("taken", range(9))
+def test_a_source_with_a_state_is_taken_up(taken):
+    wanted = list(EpochBatches(Rotated(), epochs=4))
+    assert wanted == [2, 3, 1, 3, 1, 2, 1, 2, 3, 2, 3, 1]
+    batches = EpochBatches(Rotated(), epochs=4)
+    iterator = iter(batches)
+    assert [next(iterator) for _ in range(taken)] == wanted[:taken]
+    other = EpochBatches(Rotated(), epochs=4)
+    other.load_state_dict(batches.state_dict())
+    assert list(other) == wanted[taken:]
+
+
+def test_repeated_batches_are_epochs():
+    assert RepeatedBatches is EpochBatches

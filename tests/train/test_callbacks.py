@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trm_fast.train import Callback, EarlyStopping, Progress, StopAtTarget, Trainer
+from trm_fast.train import Callback, EarlyStopping, Progress, Run, Step, StopAtTarget
 from trm_fast.train.callbacks import is_better
 
 from .runs import STEPS, function_run
@@ -108,8 +108,9 @@ class Recorder(Callback):
 def test_callbacks_are_told_everything_in_order(tmp_path):
     recorder = Recorder()
     function_run(tmp_path, (recorder,), steps=5, monitor="").fit()
+    step = ["on_gradients", "on_step"]
     assert recorder.told == [
-        "on_start", *["on_step"] * 3, "on_save", "on_step", "on_log", "on_step", "on_log",
+        "on_start", *step, *step, *step, "on_save", *step, "on_epoch", "on_log", *step, "on_log",
         "on_evaluate", "on_save", "on_end", "close",
     ]  # fmt: skip
 
@@ -118,7 +119,7 @@ def test_callbacks_are_closed_if_an_error_ends_the_run():
     recorder = Recorder(fails=True)
     with pytest.raises(RuntimeError, match="has a fault"):
         function_run(None, (recorder,)).fit()
-    assert recorder.told == ["on_start", "on_step", "close"]
+    assert recorder.told == ["on_start", "on_gradients", "on_step", "close"]
 
 
 def test_lines_of_progress_are_short(tmp_path, capsys):
@@ -140,8 +141,8 @@ def test_a_metric_of_nothing_is_a_dash_and_a_loss_that_is_none_is_told():
 
 def test_a_long_line_is_cut_to_200_bytes(tmp_path, capsys):
     class Tells(Callback):
-        def on_step(self, trainer: Trainer) -> None:
-            trainer.event("told", "ä\n" * 500)
+        def on_step(self, run: Run, step: Step) -> None:
+            run.event("told", "ä\n" * 500)
 
     function_run(tmp_path, (Tells(), Progress(bar=False)), steps=1).fit()
     line = next(line for line in capsys.readouterr().out.splitlines() if "ä" in line)

@@ -94,6 +94,52 @@ def test_two_processes_train_a_puzzle_model_as_one_does(name, played):
     assert all(torch.allclose(table, tables[-1], rtol=0, atol=1e-15) for table in tables)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "supervised",
+        "supervised, accumulated",
+        "supervised, fsdp2",
+        "supervised, fsdp2, accumulated",
+        "supervised, fsdp2, undeclared",
+    ],
+)
+def test_two_processes_exchange_what_the_end_of_a_batch_adds(name, played):
+    """Three losses, whose number may be unknown, and a backward pass of the objective after the
+    last one, which reaches weights that the losses have reached too."""
+    config = {"accumulate": 2} if "accumulated" in name else {}
+    assert_same_run(of(played, name), ranks.finished(ranks.supervised(**config)), BOUND)
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zeros(played):
+    first, second = of(played, "missing")
+    assert len(first["grads"]) == 8
+    assert all(map(torch.equal, first["grads"], second["grads"]))
+    assert all(bool(grad.any()) for grad in first["grads"])
+    assert torch.equal(first["head"], second["head"])
+
+
+def test_buffers_that_change_are_those_of_their_process_also_after_a_resume(played):
+    first, second = of(played, "remembered")
+    assert not torch.equal(first["wanted"], second["wanted"])
+    for found in (first, second):
+        assert found["step"] == 7 and torch.equal(found["found"], found["wanted"])
+    state = Checkpoints(played / "memory").load().state
+    assert torch.equal(state["model"]["memory"], first["wanted"])
+    assert state["process"]["0"]["buffers"] == {}
+    assert list(state["process"]["1"]["buffers"]) == ["memory"]
+    assert differences(result(played / "memory"), result(played / "memory-parts")) == []
+
+
+def test_an_overflow_in_one_process_is_one_in_both(played):
+    found = of(played, "overflowing")
+    for part in found:
+        # From 2^16 and 2^15 down to 2^14; none of them ends the run.
+        assert part["finite"] == [False, False, True, True, True, True]
+        assert part["scale"] == 2.0**14
+    assert torch.equal(found[0]["model"], found[1]["model"])
+
+
 def test_processes_are_told_all_states_and_weigh_metrics_by_their_counts(played):
     first, second = of(played, "gathered")
     assert [len(state["own"][0]) for state in first["states"]] == [1, 2]
@@ -125,7 +171,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_bits
     assert differences(result(played / "whole"), result(played / "parts")) == []
     state = Checkpoints(played / "whole").load().state["process"]
     assert not torch.equal(
-        state["0"]["batches"]["start"]["torch"], state["1"]["batches"]["start"]["torch"]
+        *(state[rank]["batches"]["train"]["start"]["torch"] for rank in ("0", "1"))
     )
     events = [event["event"] for event in read_records(played / "parts" / "events.jsonl")]
     assert events == ["interrupted", "resumed"]

@@ -1,6 +1,6 @@
 """A step that is not finite changes nothing, is counted, and ends a run if it goes on so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trm_fast.train import Callback, Checkpoints, NonFiniteError, Trainer
+from trm_fast.train import Callback, Checkpoints, NonFiniteError, Step, StepResult, Trainer
 from trm_fast.train._guard import NonFiniteGuard
 from trm_fast.train.checkpoints.snapshot import snapshot
 from trm_fast.train.checkpoints.state import flatten
@@ -44,23 +44,17 @@ class Poison(Callback):
             return grad
 
         weight.register_hook(spoil)
-        inner = trainer._update.objective
-        trainer._update.objective = _Spoiled(inner, self, trainer)  # type: ignore[assignment]
+        objective = trainer.objective
+        losses = objective.losses
 
+        def spoiled(*args: Any) -> Iterator[StepResult]:
+            for found in losses(*args):
+                if trainer.step + 1 in self.steps and self.where == "loss":
+                    # Finite gradients: only the loss shows it.
+                    found = found._replace(loss=found.loss + torch.tensor(self.value))
+                yield found
 
-class _Spoiled:
-    def __init__(self, inner: Any, poison: Poison, trainer: Trainer) -> None:
-        self._inner, self._poison, self._trainer = inner, poison, trainer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __call__(self, *args: Any) -> Any:
-        found = self._inner(*args)
-        if self._trainer.step + 1 in self._poison.steps and self._poison.where == "loss":
-            # Finite gradients: only the loss shows it.
-            return found._replace(loss=found.loss + torch.tensor(self._poison.value))
-        return found
+        objective.losses = spoiled  # type: ignore[method-assign]
 
 
 def kept(trainer: Trainer) -> dict[str, Any]:
@@ -78,7 +72,7 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.after: list[dict[str, Any]] = []
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Trainer, step: Step) -> None:
         self.after.append(kept(trainer))
 
 
@@ -135,7 +129,7 @@ def test_after_a_skipped_step_every_sequence_starts_anew():
     steps: list[Tensor] = []
 
     class Look(Callback):
-        def on_step(self, trainer: Trainer) -> None:
+        def on_step(self, trainer: Trainer, step: Step) -> None:
             steps.append(trainer.objective.carries[0].steps.clone())
 
     for on_device in (False, True):
@@ -219,7 +213,7 @@ def test_optimizers_are_left_as_they_were_after_a_skipped_step():
 
 def test_nothing_infinite_is_written_even_where_the_step_was_finite(tmp_path: Path):
     class Overflow(Callback):
-        def on_step(self, trainer: Trainer) -> None:
+        def on_step(self, trainer: Trainer, step: Step) -> None:
             if trainer.step == 3:
                 trainer.model[0].weight.data[0, 0] = float("inf")
 

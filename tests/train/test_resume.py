@@ -173,7 +173,6 @@ def test_if_all_checkpoints_are_damaged_the_run_says_so_and_stays_as_it_is(tmp_p
         ({"optimizer": "sgd"}, r"same optimizers, \['SGD'\]; got \['AdamW'\]"),
         ({"ema": 0.5}, "same averages of weights, 1; got 0"),
         ({"dtype": torch.float64}, "must be .*float64 as in the model; got .*float32"),
-        ({"callbacks": (EarlyStopping("lm_loss"),)}, "same callbacks with a state"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_before_anything_changes(changed, message, tmp_path):
@@ -233,3 +232,15 @@ def test_processes_that_are_interrupted_and_killed_end_with_the_same_bytes(tmp_p
     assert weights(out) == weights(whole)
     steps = [[r["step"] for r in read_records(run / "metrics.jsonl")] for run in (out, whole)]
     assert steps[0] == steps[1]
+
+
+def test_an_evaluation_after_the_last_checkpoint_is_recorded_once(tmp_path):
+    never = {"evaluate_every": 0, "monitor": "", "save_every": 4}
+    function_run(tmp_path / "whole", **never).fit()
+    try:
+        function_run(tmp_path / "parts", (Interruption("on_evaluate", STEPS),), **never).fit()
+    except Killed:
+        pass
+    assert Checkpoints(tmp_path / "parts").load().step == STEPS
+    function_run(tmp_path / "parts", **never).fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []

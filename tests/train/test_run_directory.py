@@ -311,3 +311,11 @@ def test_a_line_that_did_not_fit_is_taken_back(tmp_path, monkeypatch):
                 run.append("metrics.jsonl", {"step": 2})
         run.append("metrics.jsonl", {"step": 3})
         assert run.read("metrics.jsonl") == [{"step": 1}, {"step": 3}]
+
+
+def test_truncate_keeps_so_many_records_at_most(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        for step, value in ((1, "a"), (2, "b"), (2, "c")):
+            run.append("metrics.jsonl", {"step": step, "value": value})
+        run.truncate("metrics.jsonl", 2, 2)
+        assert [record["value"] for record in run.read("metrics.jsonl")] == ["a", "b"]

@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 
-from trm_fast.train import Callback, Checkpoints, Trainer
+from trm_fast.train import Callback, Checkpoints, Step, Trainer
 from trm_fast.train._signals import graceful_stop
 
 from .runs import STEPS, function_run
@@ -37,7 +37,7 @@ class Send(Callback):
     def __init__(self, step: int, *numbers: int) -> None:
         self.step, self.numbers = step, numbers
 
-    def on_step(self, trainer: Trainer) -> None:
+    def on_step(self, trainer: Trainer, step: Step) -> None:
         if trainer.step == self.step:
             for number in self.numbers:
                 os.kill(os.getpid(), number)

@@ -9,11 +9,25 @@ import torch
 
 from trm_fast.losses.supervision import supervision_weights
 from trm_fast.nn import TinyRecursiveModel
-from trm_fast.train import FunctionObjective, JointSupervision, PerStepSupervision, StepResult
+from trm_fast.train import (
+    FunctionObjective,
+    JointSupervision,
+    Objective,
+    PerStepSupervision,
+    StepResult,
+)
 
 from .runs import _MODEL, puzzle_run
 
 STEPS = _MODEL.halt_max_steps
+TAKEN = torch.tensor(True)
+
+
+def only(objective: Objective, net: Any, rows: Any) -> StepResult:
+    """The one result of a batch; the update is taken."""
+    (found,) = objective.losses(net, rows)
+    objective.commit(TAKEN)
+    return found
 
 
 def model(**changes: Any) -> TinyRecursiveModel:
@@ -35,7 +49,7 @@ def test_a_sequence_stays_until_it_halts_and_gives_way_then():
     net = model()
     objective = PerStepSupervision(net)
     for number in range(2 * STEPS):
-        objective(net, batch(number), 0, 0)
+        only(objective, net, batch(number))
         carry = objective.carries[0]
         came = number - (carry.steps - 1)
         for row in range(3):
@@ -47,7 +61,7 @@ def test_a_sequence_stays_until_it_halts_and_gives_way_then():
 def test_the_result_is_that_of_the_model():
     net = model()
     objective = PerStepSupervision(net, halt_weight=1.0)
-    found = objective(net, batch(0), 0, 0)
+    found = only(objective, net, batch(0))
     carry, outputs = net(net.initial_carry(batch(0)), batch(0))
     wanted = net.loss(carry, outputs, halt_weight=1.0)
     assert torch.equal(found.loss, wanted.loss)
@@ -61,21 +75,22 @@ def test_accumulated_batches_have_carries_of_their_own():
     net = model()
     objective = PerStepSupervision(net)
     for slot in (0, 1):
-        objective(net, batch(slot), slot, 0)
-    assert [int(carry.data["inputs"].sum()) for carry in objective.carries.values()] == [
+        list(objective.losses(net, batch(slot)))
+    objective.commit(TAKEN)
+    assert [int(carry.data["inputs"].sum()) for carry in objective.carries] == [
         int(batch(slot)["inputs"].sum()) for slot in (0, 1)
     ]
     other = PerStepSupervision(net)
     other.load_state_dict(copy.deepcopy(objective.state_dict()))
-    for slot in (0, 1):
-        one, two = (o(net, batch(9), slot, 0).loss for o in (objective, other))
+    for _ in (0, 1):
+        one, two = (next(o.losses(net, batch(9))).loss for o in (objective, other))
         assert torch.equal(one, two)
 
 
 def test_a_carry_that_comes_back_has_a_leaf_for_compiled_calls():
     net = model(puzzle_emb_ndim=8, puzzle_emb_len=1)
     objective = PerStepSupervision(net)
-    objective(net, batch(0), 0, 0)
+    only(objective, net, batch(0))
     fresh = model(puzzle_emb_ndim=8, puzzle_emb_len=1)
     PerStepSupervision(fresh).load_state_dict(objective.state_dict())
     assert fresh.puzzles._leaves.keys() == net.puzzles._leaves.keys() == {3}
@@ -85,12 +100,12 @@ def test_a_carry_that_comes_back_has_a_leaf_for_compiled_calls():
 def test_after_a_step_that_is_not_finite_all_sequences_give_way(finite):
     net = model()
     objective = PerStepSupervision(net)
-    objective(net, batch(0), 0, 0)
+    only(objective, net, batch(0))
     before = objective.carries[0]
     before.y.fill_(float("nan"))
-    objective.skipped(torch.tensor(finite))
+    objective.commit(torch.tensor(finite))
     assert torch.equal(objective.carries[0].halted, before.halted | (not finite))
-    loss = objective(net, batch(1), 0, 0).loss
+    loss = only(objective, net, batch(1)).loss
     assert bool(torch.isfinite(loss)) == (not finite or bool(before.halted.all()))
 
 
@@ -99,8 +114,7 @@ def test_joint_supervision_is_the_weighted_sum_of_all_steps(weights):
     net = model()
     objective = JointSupervision(net, STEPS, weights)
     total = 0.0
-    for number in range(STEPS):
-        found = objective(net, batch(0), 0, number)
+    for found in objective.losses(net, batch(0)):
         found.loss.backward()
         total += float(found.loss.detach())
     grads = [param.grad.clone() for param in net.parameters()]
@@ -123,12 +137,12 @@ def test_joint_supervision_is_the_weighted_sum_of_all_steps(weights):
 def test_joint_supervision_counts_every_sequence_once_at_the_last_step():
     net = model()
     objective = JointSupervision(net, STEPS)
-    results = [objective(net, batch(0), 0, number) for number in range(STEPS)]
+    results = list(objective.losses(net, batch(0)))
     assert [bool(found.metrics) for found in results] == [False] * (STEPS - 1) + [True]
     assert float(results[-1].metrics["accuracy"][1]) == 3
     assert objective.state_dict() == {}
     # The next batch starts anew, whatever its size.
-    objective(net, batch(1, size=2), 0, 0)
+    assert len(list(objective.losses(net, batch(1, size=2)))) == STEPS
 
 
 def test_joint_supervision_needs_a_step():
@@ -138,10 +152,10 @@ def test_joint_supervision_needs_a_step():
 
 def test_a_function_is_an_objective():
     plain = FunctionObjective(lambda net, rows: net * rows)
-    assert plain(2.0, 3.0, 0, 0) == StepResult(6.0)
+    assert list(plain.losses(2.0, 3.0)) == [StepResult(6.0)]
     result = StepResult(1.0, {"a": (1.0, 1.0)})
-    assert FunctionObjective(lambda net, rows: result)(0, 0, 0, 0) is result
-    assert plain.state_dict() == {} and plain.passes == 1
+    assert next(FunctionObjective(lambda net, rows: result).losses(0, 0)) is result
+    assert plain.state_dict() == {} and plain.backwards == 1
 
 
 @pytest.mark.parametrize("supervision", ["per_step", "joint"])

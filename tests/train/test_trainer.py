@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from trm_fast.train import (
     Checkpoints,
     Objective,
     RepeatedBatches,
+    Run,
     RunDirectory,
+    Step,
     StepResult,
     Trainer,
     TrainerConfig,
@@ -102,12 +105,15 @@ def test_accumulated_batches_are_one_large_batch(optimizer, count):
 
 
 def test_the_last_update_takes_the_batches_that_are_left():
-    seen: list[int] = []
+    seen = [0]
 
     class Count(Objective):
-        def __call__(self, model: nn.Module, batch: Any, slot: int, index: int) -> StepResult:
-            seen.append(slot)
-            return StepResult(loss(model, batch))
+        def losses(self, model: nn.Module, batch: Any) -> Iterator[StepResult]:
+            seen[-1] += 1
+            yield StepResult(loss(model, batch))
+
+        def commit(self, finite: Tensor) -> None:
+            seen.append(0)
 
     model = network()
     batches = RepeatedBatches(split(9), epochs=1)  # four
@@ -115,7 +121,7 @@ def test_the_last_update_takes_the_batches_that_are_left():
         model, MAKE["sgd"], batches, Count(), TrainerConfig(accumulate=3), device="cpu"
     )
     summary = trainer.fit()
-    assert seen == [0, 1, 2, 0]
+    assert seen == [3, 1, 0]
     assert (summary.step, summary.reason) == (2, "the batches have ended")
     # The loss of an update is the mean of its batches, however many they are.
     first = sum(float(loss(network(), batch)) for batch in split(9)[:3]) / 3
@@ -266,7 +272,7 @@ def test_the_evaluation_of_an_interrupted_run_is_saved_when_it_is_taken_up(tmp_p
         ({"clip_norm": 0.0}, "clip_norm must be > 0 and finite, or None; got 0.0"),
         ({"clip_norm": float("nan")}, "clip_norm must be > 0 and finite, or None; got nan"),
         ({"ema": 1.5}, r"ema must be in \[0, 1\], or None; got 1.5"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16; got 'fp16'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16; got 'fp8'"),
         ({"on_nonfinite": "go"}, "on_nonfinite must be one of stop, skip; got 'go'"),
     ],
 )
@@ -306,8 +312,8 @@ def test_two_trainers_cannot_have_one_directory(tmp_path):
     assert os.listdir(tmp_path) == [".lock"]
 
     class Second(Callback):
-        def on_step(self, trainer: Trainer) -> None:
-            if trainer.step == 6:
+        def on_step(self, run: Run, step: Step) -> None:
+            if run.step == 6:
                 with pytest.raises(OSError, match="must not be in use"):
                     function_run(tmp_path).fit(resume=True)
 
@@ -351,8 +357,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(left, tmp_path, monkeypatch):
     write, calls = os.write, 0
 
     class Fill(Callback):
-        def on_step(self, trainer: Trainer) -> None:
-            if trainer.step == 6:
+        def on_step(self, run: Run, step: Step) -> None:
+            if run.step == 6:
                 monkeypatch.setattr(os, "write", full)
 
     def full(handle: int, data: bytes) -> int:

@@ -10,7 +10,7 @@ from trm_fast.nn.mixer import FusedMixer, Mixer, named_mixer
 from trm_fast.nn.norm import RMSNorm
 from trm_fast.nn.prediction import Prediction
 from trm_fast.nn.recursion import Recursion
-from trm_fast.nn.supervision import joint_supervision
+from trm_fast.nn.supervision import deep_supervision, joint_supervision
 from trm_fast.nn.swiglu import SwiGLU, inner_width
 from trm_fast.nn.tiny_recursive_model import TinyRecursiveModel
 from trm_fast.nn.token_mixer import TokenMixer
@@ -38,6 +38,7 @@ __all__ = [
     "TokenEmbedding",
     "TokenMixer",
     "VectorNet",
+    "deep_supervision",
     "inner_width",
     "joint_supervision",
     "named_mixer",

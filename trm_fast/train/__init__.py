@@ -1,4 +1,4 @@
-"""The trainer: loop, deep supervision, checkpoints, callbacks, and what a run writes."""
+"""The trainer: loop, stages, deep supervision, checkpoints, callbacks, and what a run writes."""
 
 from typing import TYPE_CHECKING
 
@@ -7,6 +7,7 @@ from trm_fast._lazy import exports
 if TYPE_CHECKING:
     from trm_fast.train._guard import NonFiniteError as NonFiniteError
     from trm_fast.train.batches import Batches as Batches
+    from trm_fast.train.batches import EpochBatches as EpochBatches
     from trm_fast.train.batches import RepeatedBatches as RepeatedBatches
     from trm_fast.train.callbacks import Callback as Callback
     from trm_fast.train.callbacks import EarlyStopping as EarlyStopping
@@ -18,11 +19,20 @@ if TYPE_CHECKING:
     from trm_fast.train.checkpoints.checkpoints import size_of as size_of
     from trm_fast.train.config import Summary as Summary
     from trm_fast.train.config import TrainerConfig as TrainerConfig
+    from trm_fast.train.curriculum import Curriculum as Curriculum
+    from trm_fast.train.curriculum import Stage as Stage
+    from trm_fast.train.curriculum import until as until
     from trm_fast.train.objective import FunctionObjective as FunctionObjective
+    from trm_fast.train.objective import Metrics as Metrics
     from trm_fast.train.objective import Objective as Objective
     from trm_fast.train.objective import StepResult as StepResult
     from trm_fast.train.progress import Progress as Progress
+    from trm_fast.train.run import Record as Record
+    from trm_fast.train.run import Run as Run
+    from trm_fast.train.run import Step as Step
     from trm_fast.train.run_directory import RunDirectory as RunDirectory
+    from trm_fast.train.stateful import Stateful as Stateful
+    from trm_fast.train.supervision import DeepSupervision as DeepSupervision
     from trm_fast.train.supervision import JointSupervision as JointSupervision
     from trm_fast.train.supervision import PerStepSupervision as PerStepSupervision
     from trm_fast.train.trackers import Tracker as Tracker
@@ -35,6 +45,7 @@ __getattr__, __dir__, __all__ = exports(
         "_guard": ("NonFiniteError",),
         "batches": (
             "Batches",
+            "EpochBatches",
             "RepeatedBatches",
         ),
         "callbacks": (
@@ -55,14 +66,19 @@ __getattr__, __dir__, __all__ = exports(
             "Summary",
             "TrainerConfig",
         ),
+        "curriculum": ("Curriculum", "Stage", "until"),
         "objective": (
             "FunctionObjective",
+            "Metrics",
             "Objective",
             "StepResult",
         ),
         "progress": ("Progress",),
+        "run": ("Record", "Run", "Step"),
         "run_directory": ("RunDirectory",),
+        "stateful": ("Stateful",),
         "supervision": (
+            "DeepSupervision",
             "JointSupervision",
             "PerStepSupervision",
         ),

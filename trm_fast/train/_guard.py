@@ -29,9 +29,17 @@ class NonFiniteGuard:
         self._verdicts: list[Tensor] = []
         self._names: list[str] = []
 
-    def note(self, finite: Tensor, name: str) -> None:
-        """Remembers the verdict of a step and the name of its batches."""
-        self._verdicts.append(finite)
+    def note(self, finite: Tensor, name: str, overflow: Tensor | None = None) -> None:
+        """Remembers the verdict of a step and the name of its batches.
+
+        Args:
+            finite: whether it was, 0-d, bool.
+            name: of its batches.
+            overflow: whether it was not for a reason that the next scale of the loss mends: such a
+                step is skipped, and neither adds to a row nor ends one.
+        """
+        # 1 finite, 0 not, 2 overflow
+        self._verdicts.append(finite if overflow is None else finite + 2 * overflow.int())
         self._names.append(name)
 
     def check(self, report: Callable[[str], None]) -> None:
@@ -48,11 +56,14 @@ class NonFiniteGuard:
         found = torch.stack(self._verdicts).tolist()
         names, self._verdicts, self._names = self._names, [], []
         full = ""
-        for finite, name in zip(found, names, strict=True):
-            if finite:
+        for verdict, name in zip(found, names, strict=True):
+            if verdict == 1:
                 self._row.clear()
                 continue
             self.skipped += 1
+            if verdict == 2:
+                report(f"skipped a step: float16 has overflowed, scaling the loss less: {name}")
+                continue
             self._row.append(name)
             report(f"skipped a step: loss or gradient is not finite; batch: {name}")
             if len(self._row) == self.limit:

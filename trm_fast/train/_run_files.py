@@ -4,18 +4,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from trm_fast._version import __version__
-from trm_fast.train.callbacks import Record
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
 from trm_fast.train.distributed import World, device_name
+from trm_fast.train.run import Record, Run
 from trm_fast.train.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 # Numbers that JSON has not are written as words.
@@ -85,12 +82,20 @@ class RunFiles:
             return None
         return self.checkpoints.load("latest")
 
-    def rewind(self, step: int) -> list[Record]:
-        """Drops the records beyond a step; returns those of the metrics that are left."""
+    def rewind(self, step: int, records: int) -> list[Record]:
+        """Drops what was written after a checkpoint.
+
+        Args:
+            step: of the checkpoint.
+            records: metrics that there were: an evaluation may have followed at the same step.
+
+        Returns:
+            The records of the metrics that are left.
+        """
         if self._directory is None:
             return []
-        for name in (METRICS, EVENTS):
-            self._directory.truncate(name, step)
+        self._directory.truncate(METRICS, step, records)
+        self._directory.truncate(EVENTS, step)
         return [
             {name: _WORDS.get(value, value) for name, value in record.items()}
             for record in self._directory.read(METRICS)
@@ -107,21 +112,21 @@ class RunFiles:
             self._directory.write_json(name, value)
 
 
-def describe(trainer: "Trainer") -> dict[str, Any]:
+def describe(run: Run) -> dict[str, Any]:
     """Returns what run.json says: the name of the run, versions, device, sizes, and how a report
     shows it."""
     return {
-        "name": trainer.name,
+        "name": run.name,
         "trm_fast": __version__,
         "torch": torch.__version__,
-        "device": device_name(trainer.world.device),
+        "device": device_name(run.world.device),
         "threads": torch.get_num_threads(),
-        "processes": trainer.world.size,
-        "parameters": sum(param.numel() for param in trainer.model.parameters()),
+        "processes": run.world.size,
+        "parameters": sum(param.numel() for param in run.model.parameters()),
         "report": {
-            "steps": trainer.config.steps,
-            "monitor": trainer.config.monitor,
-            "mode": trainer.config.mode,
-            **trainer.report,
+            "steps": run.config.steps,
+            "monitor": run.config.monitor,
+            "mode": run.config.mode,
+            **run.report,
         },
     }

@@ -1,120 +1,143 @@
-"""One update of the weights: backward passes, the guard against non-finite numbers, the step."""
+"""One update of the weights: backward passes, the guard against non-finite numbers, the move."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from trm_fast.optim import WeightEMA
-from trm_fast.train.distributed import World
-from trm_fast.train.meter import Meter
-from trm_fast.train.objective import Objective
+from trm_fast.train.distributed import World, reduces_gradients
+from trm_fast.train.objective import Metrics, Objective, StepResult
+from trm_fast.train.run import Step
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Update:
-    """Moves the weights once: gradients of some batches, all-reduced, clipped, checked, applied.
+    """Moves the weights once: gradients of some batches, averaged, clipped, checked, applied.
 
-    A step whose loss or gradient norm is not finite changes nothing: no weight, no average, no
+    An update whose loss or gradient norm is not finite changes nothing: no weight, no average, no
     state of an optimizer. Where all optimizers heed ``found_inf``, as those of this package and the
     fused ones of torch do, a GPU decides that for itself, without the host waiting for it.
 
     Args:
         model: what is called.
-        optimizers: whose parameters are watched and stepped.
-        objective: computes the losses.
+        optimizers: whose parameters are watched and moved.
         world: the processes.
-        ema: moved after each step, or None.
-        clip_norm: largest norm of the gradients of all parameters, or None.
-        precision: "bf16" for autocast, or "fp32".
+        ema: moved after each update, or None.
+        precision: "bf16" or "fp16" for autocast, or "fp32".
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        objective: Objective,
         world: World,
         ema: WeightEMA | None,
-        clip_norm: float | None,
         precision: str,
     ) -> None:
         self.model = model
         self.optimizers = optimizers
-        self.objective = objective
         self.world = world
         self.ema = ema
-        self.clip_norm = clip_norm
-        self.autocast = precision == "bf16"
+        self.dtype = _DTYPES.get(precision)
+        self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.params: list[Tensor] = [param for group in groups for param in group["params"]]
-        heeding = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
-        self.scales = heeding
-        self.on_device = heeding and world.device.type == "cuda"
+        every = (param for group in groups for param in group["params"])
+        self.params: list[Tensor] = list({id(param): param for param in every}.values())
+        self.scales = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+        self.sharded = isinstance(model, FSDPModule)
+        self.on_device = self.scales and world.device.type == "cuda"
+        self._pending = False
 
-    def __call__(self, batches: Sequence[Any], meter: Meter) -> Tensor:
-        """Takes one step.
+    def gradients(
+        self, objective: Objective, batches: Sequence[Any], index: int, clip_norm: float | None
+    ) -> Step:
+        """Runs all forward and backward passes; nothing moves.
 
         Args:
+            objective: computes the losses.
             batches: whose mean loss is minimised, on the device.
-            meter: takes the metrics.
+            index: of the update.
+            clip_norm: largest norm of the gradients of all parameters, or None.
 
-        Returns:
-            Whether the step was finite, and so was taken: 0-d, bool, on the device.
+        Raises:
+            ValueError: the objective yields no loss, or not as many as it declares.
+            RuntimeError: another step has gradients and has not moved.
         """
-        loss = self._gradients(batches, meter)
-        self.world.gather_rows(self.params)
-        finite = self._finite(loss)
-        if self.on_device:
-            self._step(found_inf=(~finite).float())
-            self.objective.skipped(finite)
-        elif finite:
-            self._step()
-        else:
-            self.objective.skipped(finite)
-        for optimizer in self.optimizers:
-            for name in ("found_inf", "grad_scale"):
-                optimizer.__dict__.pop(name, None)
-            optimizer.zero_grad()
-        return finite
-
-    def _gradients(self, batches: Sequence[Any], meter: Meter) -> Tensor:
-        """Runs all forward and backward passes; returns the mean loss, without gradient."""
+        if self._pending:
+            raise RuntimeError(
+                "Trainer: extra_update must not come between the gradients of a step and its "
+                "update; got a call in on_gradients. Call it in on_step"
+            )
         total = torch.zeros((), device=self.world.device)
+        losses: list[Tensor] = []
+        samples: list[Mapping[str, Tensor]] = []
+        metrics: list[Metrics] = []
         for slot, batch in enumerate(batches):
-            for index in range(self.objective.passes):
-                is_last = slot == len(batches) - 1 and index == self.objective.passes - 1
-                with self._synchronised(is_last), self._precision():
-                    found = self.objective(self.model, batch, slot, index)
+            value: Tensor | None = None
+            numbers: dict[str, Tensor] = {}
+            count = 0
+            with self._precision():
+                for found in self._results(objective, batch, slot == len(batches) - 1):
                     loss = found.loss / len(batches) if len(batches) > 1 else found.loss
-                    loss.backward()
-                total = total + loss.detach()
-                meter.add(found.metrics)
-        meter.add({"loss": (total, 1.0)})
-        return total
+                    (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                    part = loss.detach()
+                    total = total + part
+                    own = part if len(batches) == 1 else found.loss.detach()
+                    value = own if value is None else value + own
+                    metrics.append(found.metrics)
+                    if found.samples:
+                        numbers = {**numbers, **found.samples}
+                    count += 1
+            if value is None or count != (objective.backwards or count):
+                raise _wrong_count(objective, count)
+            losses.append(value)
+            samples.append(numbers)
+        self.world.average_gradients(self.params)
+        self.world.gather_rows(self.params)
+        norm, finite, overflow = self._verdict(total)
+        self._pending = True
+        return Step(
+            index, batches, total, losses, samples, metrics, norm, finite, clip_norm, overflow
+        )
 
-    def _synchronised(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients go around once, with the last pass."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(is_last)
-        elif isinstance(self.model, DistributedDataParallel) and not is_last:
-            return self.model.no_sync()
-        return nullcontext()
+    def _results(self, objective: Objective, batch: Any, is_last: bool) -> Iterator[StepResult]:
+        """Returns the results of a batch. Sharded gradients are exchanged from the last loss of the
+        last batch on, or with all of its losses if their number is unknown."""
+        results = objective.losses(self.model, batch)
+        return (
+            self._exchanged(results, objective.backwards or 1, is_last) if self.sharded else results
+        )
+
+    def _exchanged(
+        self, results: Iterator[StepResult], last: int, is_last: bool
+    ) -> Iterator[StepResult]:
+        reduces_gradients(self.model, is_last and last == 1)
+        for count, found in enumerate(results, 1):
+            if count == last > 1:
+                reduces_gradients(self.model, is_last)
+            yield found
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if not self.autocast:
+        if self.dtype is None:
             return nullcontext()
-        return torch.autocast(self.world.device.type, torch.bfloat16)
+        return torch.autocast(self.world.device.type, self.dtype)
 
     @torch.no_grad()
-    def _finite(self, loss: Tensor) -> Tensor:
-        """Returns whether loss and gradients are finite in all processes; clips the gradients."""
+    def _verdict(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the norm of the dense gradients, whether loss and gradients are finite in all
+        processes, and whether float16 has overflowed."""
+        if self.scaler is not None:
+            scale = self.scaler.scale(loss.new_ones(()))
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
         grads = [param.grad for param in self.params if param.grad is not None]
         dense = [grad for grad in grads if not grad.is_sparse]
         norm = get_total_norm(dense, foreach=True if loss.is_cuda else None)
@@ -125,25 +148,76 @@ class Update:
             if grad.is_sparse:
                 finite = finite & torch.isfinite(grad._values().sum())
         finite = self.world.all_agree(finite)
-        if self.clip_norm is not None:
-            self._clip(dense, norm)
-        return finite
+        if self.scaler is None:
+            return norm, finite, None
+        # A gradient that is not finite below a scale of 1 is not so because of the scale.
+        mendable = self.world.all_agree(torch.isfinite(loss) & (scale >= 1.0))
+        return norm, finite, ~finite & mendable
 
-    def _clip(self, grads: list[Tensor], norm: Tensor) -> None:
-        assert self.clip_norm is not None
+    def move(self, step: Step) -> None:
+        """Clips and applies the gradients of a step, if it is finite."""
+        self._pending = False
+        if step.clip_norm is not None:
+            self._clip(step.norm, step.clip_norm)
+        if self.on_device:
+            self._move(found_inf=(~step.finite).float())
+        elif step.finite:
+            self._move()
+        for optimizer in self.optimizers:
+            for name in ("found_inf", "grad_scale"):
+                optimizer.__dict__.pop(name, None)
+        if self.scaler is not None:
+            self._rescale(self.scaler, step.finite)
+
+    @torch.no_grad()
+    def _clip(self, norm: Tensor, clip_norm: float) -> None:
         if not self.scales:
-            scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
+            scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            every = [param.grad for param in self.params if param.grad is not None]
+            torch._foreach_mul_([grad for grad in every if not grad.is_sparse], scale)
             return
         # The optimizers divide by it as they read the gradients. The small number is torch's.
-        scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1.0).float()
+        scale = ((norm + 1e-6) / clip_norm).clamp(min=1.0).float()
         for optimizer in self.optimizers:
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
-    def _step(self, found_inf: Tensor | None = None) -> None:
+    def _move(self, found_inf: Tensor | None = None) -> None:
         for optimizer in self.optimizers:
             if found_inf is not None:
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         if self.ema is not None:
             self.ema.update(found_inf)
+
+    def _rescale(self, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
+        """Adapts the scale of the loss to the verdict, which all processes share."""
+        for optimizer in self.optimizers:
+            for found_inf in scaler._found_inf_per_device(optimizer).values():
+                found_inf.copy_((~finite).float())
+        scaler.update()
+
+    def clear(self) -> None:
+        """Drops the gradients, also those of a step that an error has ended."""
+        self._pending = False
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Puts the gradients away for another update in between, and back after it."""
+        kept = [param.grad for param in self.params]
+        for param in self.params:
+            param.grad = None
+        try:
+            yield
+        finally:
+            for param, grad in zip(self.params, kept, strict=True):
+                param.grad = grad
+
+
+def _wrong_count(objective: Objective, count: int) -> ValueError:
+    declared = objective.backwards
+    wanted = "at least one" if declared is None else f"{declared}, as backwards says"
+    return ValueError(
+        f"Trainer: losses of {type(objective).__name__} must yield {wanted}; got {count}"
+    )

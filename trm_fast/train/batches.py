@@ -1,110 +1,212 @@
 """Batches for a trainer: where a run stands in its data, and how it comes back there."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trm_fast.train._rng import Generators, fork_rng, generators, set_generators
+from trm_fast.train._rng import fork_rng, generators, seed_everything, set_generators
+from trm_fast.train.stateful import Stateful
 
 _CPU = torch.device("cpu")
+EPOCH_END: Final = object()
 
 
 @runtime_checkable
-class Batches(Protocol):
+class Batches(Stateful, Protocol):
     """Batches that know their place. After ``load_state_dict(state)`` the iteration goes on with
     the batch that followed when ``state_dict()`` returned ``state``."""
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class RepeatedBatches:
-    """Goes through an iterable, such as a ``DataLoader``, again and again, and knows its place.
+class EpochBatches:
+    """Goes through batches epoch by epoch, knows its place, and knows when an epoch is over.
 
     What is drawn at the start of an epoch from the generators of Python, NumPy and torch, or from a
     ``DataLoader``'s own, like the order of a shuffling one, is drawn again the same way after
     ``load_state_dict``; the batches before the place are then read once more and thrown away. A
-    sampler with ``set_epoch``, such as ``DistributedSampler``, is told the epoch.
+    sampler with ``set_epoch``, such as ``DistributedSampler``, is given the epoch. A source with a
+    state (``Stateful``) goes back to the one that it had at the start of the epoch; a trainer takes
+    such a source for ``Batches`` unless it is given in here.
 
     Args:
-        source: gives the batches of one epoch each time it is iterated over.
-        epochs: how often; None means without end.
+        source: gives the batches of one epoch each time it is iterated over; or a function of the
+            number of the epoch, from 0, that returns them.
+        epochs: how many; None means without end.
+        seed: None draws an epoch from the generators as they are. A number >= 0 seeds those of
+            Python, NumPy and torch before each epoch, so that everything random in it, dropout too,
+            follows from this number and that of the epoch.
+
+    Attributes:
+        epoch: number of the epoch of the next batch, from 0.
+        position: batches of it that were given; right after the last one still their number.
+        completed: epochs of which all batches were given. Without a length that shows only when the
+            source is asked for a further one.
 
     Raises:
         ValueError: while iterating, if the source gives no batch.
     """
 
-    def __init__(self, source: Iterable[Any], epochs: int | None = None) -> None:
-        self.source = source
-        self.epochs = epochs
-        self.epoch = 0
-        self.position = 0
-        self._start: Generators | None = None
+    def __init__(
+        self,
+        source: Iterable[Any] | Callable[[int], Iterable[Any]],
+        epochs: int | None = None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.source, self.epochs, self.seed = source, epochs, seed
+        self.epoch = self.position = self.completed = 0
+        self._start: dict[str, Any] | None = None
+        self._length = _length_of(source)
+
+    @property
+    def per_epoch(self) -> int | None:
+        """Batches in an epoch, if the source has a length."""
+        return self._length
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last batch of an epoch was given; False if the source has no length."""
+        return self.completed > self.epoch
 
     def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.with_ends() if batch is not EPOCH_END)
+
+    def with_ends(self) -> Iterator[Any]:
+        """Yields the batches, and ``EPOCH_END`` after those of an epoch if the source has no
+        length."""
         while self.epochs is None or self.epoch < self.epochs:
             for batch in self._rest_of_epoch():
                 self.position += 1
+                if self.position == self._length:
+                    self.completed = self.epoch + 1
                 yield batch
             if self.position == 0:
                 raise ValueError(
                     f"Trainer: batches must give at least one; got none from {self.source!r}"
                 )
-            self.epoch, self.position, self._start = self.epoch + 1, 0, None
+            self._next_epoch()
+            if self._length is None:
+                yield EPOCH_END
+
+    def close_epoch(self) -> None:
+        """Goes on to the next epoch if all batches of this one were given."""
+        if self.at_end:
+            self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        self.epoch, self.position, self._start = self.epoch + 1, 0, None
+        self.completed = self.epoch
 
     def _rest_of_epoch(self) -> Iterator[Any]:
         sampler: Any = getattr(self.source, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
         if self._start is None:
-            self._start = self._generators()
-            return iter(self.source)
+            if self.seed is not None:
+                seeds = np.random.SeedSequence((self.seed, self.epoch))
+                seed_everything(int(seeds.generate_state(1, np.uint64)[0]))
+            self._start = self._sources_of_chance()
+            return iter(self._of_epoch())
         # A sampler draws its order with the first batch, from what the generators were then.
         with fork_rng(_CPU):
-            self._set_generators(self._start)
-            rest = iter(self.source)
+            self._go_back_to(self._start)
+            rest = iter(self._of_epoch())
             for _ in range(self.position):
                 next(rest, None)
         return rest
 
-    def _generators(self) -> Generators:
-        own = getattr(self.source, "generator", None)
-        found = {"own": own.get_state()} if isinstance(own, torch.Generator) else {}
-        return generators(_CPU) | found
+    def _of_epoch(self) -> Iterable[Any]:
+        if isinstance(self.source, Iterable):
+            return self.source
+        batches = self.source(self.epoch)
+        self._length = _length_of(batches)
+        return batches
 
-    def _set_generators(self, states: Generators) -> None:
-        set_generators(states, _CPU)
-        if "own" in states:
-            self.source.generator.set_state(states["own"].cpu())  # type: ignore[attr-defined]
+    def _sources_of_chance(self) -> dict[str, Any]:
+        found: dict[str, Any] = {**generators(_CPU)}
+        own = getattr(self.source, "generator", None)
+        if isinstance(own, torch.Generator):
+            found["own"] = own.get_state()
+        if isinstance(self.source, Stateful):
+            found["source"] = self.source.state_dict()
+        return found
+
+    def _go_back_to(self, start: dict[str, Any]) -> None:
+        set_generators(start, _CPU)
+        if "own" in start:
+            self.source.generator.set_state(start["own"].cpu())  # type: ignore[union-attr]
+        if "source" in start:
+            self.source.load_state_dict(start["source"])  # type: ignore[union-attr]
 
     def describe(self) -> str:
         """Names the last batch."""
         return f"epoch {self.epoch}, batch {self.position - 1}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns epoch, batches read in it, and the states of the generators at its start."""
-        return {"epoch": self.epoch, "position": self.position, "start": self._start}
+        """Returns seed, epoch, batches given in it, and what its order was drawn from."""
+        place = {"epoch": self.epoch, "position": self.position, "length": self._length}
+        return {"seed": self.seed, **place, "start": self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to the place of a ``state_dict``; an iterator from before must not be used."""
-        self.epoch, self.position, self._start = state["epoch"], state["position"], state["start"]
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        self._start = state["start"]
+        if not isinstance(self.source, Iterable):
+            self._length = state["length"]
+        self.completed = self.epoch + (0 < (self._length or 0) <= self.position)
+
+
+RepeatedBatches = EpochBatches
+
+
+def _length_of(source: Any) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # also a DataLoader of an iterable data set
+        return None
+
+
+def batches_of(given: Iterable[Any]) -> Batches:
+    """Returns batches that know their place as they are, and others in an ``EpochBatches``."""
+    return given if isinstance(given, Batches) else EpochBatches(given)
+
+
+def iterator_of(source: Batches) -> Iterator[Any]:
+    """Returns an iterator for ``take``."""
+    return source.with_ends() if isinstance(source, EpochBatches) else iter(source)
+
+
+def completed(source: Any) -> int:
+    """Returns the epochs that are over, 0 for batches without epochs."""
+    found: int = getattr(source, "completed", 0)
+    return found
+
+
+def exhausted(source: Any) -> bool:
+    """Returns whether it is known that there is no further batch."""
+    limited = isinstance(source, EpochBatches) and source.epochs is not None
+    return limited and source.completed >= source.epochs
 
 
 def take(
     iterator: Iterator[Any], source: Any, count: int, device: torch.device
 ) -> tuple[list[Any], str]:
-    """Returns the next batches on a device, fewer when they end, and what their source calls them:
-    ", epoch 0, batch 3, epoch 0, batch 4", or nothing if it has no names."""
+    """Returns the next batches on a device, fewer at the end of an epoch, none at the end of all or
+    of an epoch that has shown only now; and what their source calls them: ", epoch 0, batch 3,
+    epoch 0, batch 4", or nothing if it has no names."""
     batches, names = [], ""
     for batch in islice(iterator, count):
+        if batch is EPOCH_END:
+            break
         batches.append(to_device(batch, device))
         names += f", {source.describe()}" if hasattr(source, "describe") else ""
+        if getattr(source, "at_end", False):
+            break
     return batches, names
 
 

@@ -1,56 +1,95 @@
 """Callbacks: what happens beside a run, with a state that is saved and comes back."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from trm_fast.train.config import Summary
-    from trm_fast.train.trainer import Trainer
-
-Record = dict[str, Any]
-Mode = Literal["max", "min"]
+from trm_fast.train.config import Mode, Summary
+from trm_fast.train.objective import Metrics
+from trm_fast.train.run import Record, Run, Step
 
 
 class Callback:
-    """Is called by a ``Trainer`` in every process; override what is needed. ``state_dict`` goes
-    into checkpoints, under the class's name."""
+    """Is called by a ``Trainer`` in every process; override what is needed.
 
-    def on_start(self, trainer: "Trainer") -> None:
+    Attributes:
+        name: key of its state in a checkpoint, which no other callback of the run may have; empty
+            means the name of the class.
+    """
+
+    name: str = ""
+
+    def on_start(self, run: Run) -> None:
         """Before the first step, after a resume."""
 
-    def on_step(self, trainer: "Trainer") -> None:
-        """After each step; ``trainer.step`` counts it already."""
+    def on_gradients(self, run: Run, step: Step) -> None:
+        """After the backward passes of an update, before it: the norm is known, nothing has moved.
+        Options of optimizers and ``step.clip_norm`` that are set here hold for this update."""
 
-    def on_log(self, trainer: "Trainer", record: Record) -> None:
+    def on_step(self, run: Run, step: Step) -> None:
+        """After each update; ``run.step`` counts it already. The gradients are still there."""
+
+    def on_epoch(self, run: Run, epoch: int) -> None:
+        """After all batches of an epoch have been used, with its number, from 0."""
+
+    def on_stage(self, run: Run, stage: str) -> None:
+        """When a stage of a ``Curriculum`` begins, with its name; not again after a resume."""
+
+    def metrics(self) -> Metrics:
+        """Returns what an interval has shown, as ``StepResult.metrics``; called once when it is
+        logged. The means stand in its record under the same names, which nobody else may use."""
+        return MappingProxyType({})
+
+    def on_log(self, run: Run, record: Record) -> None:
         """After an interval, with its record of metrics.jsonl."""
 
-    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
+    def on_evaluate(self, run: Run, record: Record) -> None:
         """After an evaluation, with its record of metrics.jsonl."""
 
-    def on_save(self, trainer: "Trainer", path: "Path") -> None:
+    def on_save(self, run: Run, path: Path) -> None:
         """After a checkpoint has been written, in the first process only."""
 
-    def on_event(self, trainer: "Trainer", record: Record) -> None:
+    def on_event(self, run: Run, record: Record) -> None:
         """After something that must not pass in silence, with its record of events.jsonl."""
 
-    def on_end(self, trainer: "Trainer", summary: "Summary") -> None:
+    def on_end(self, run: Run, summary: Summary) -> None:
         """After the last step and checkpoint, also of a run that was interrupted."""
 
     def close(self) -> None:
         """After everything else, also if an error has ended the run: gives back what it holds."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns plain values and tensors."""
+        """Returns plain values and tensors, of this process; called once for each checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what ``state_dict`` returned."""
+        """Goes on from what ``state_dict`` returned; not called if that was empty."""
+
+
+def by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """Returns callbacks by their names.
+
+    Raises:
+        ValueError: two have the same.
+    """
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        name = callback.name or type(callback).__name__
+        if name in found:
+            kinds = f"{type(found[name]).__name__} and {type(callback).__name__}"
+            raise ValueError(
+                f"Trainer: callbacks must have names of their own; got {kinds}, both named "
+                f"{name!r}. Set the attribute name of one"
+            )
+        found[name] = callback
+    return found
 
 
 class EarlyStopping(Callback):
-    """Stops when a metric of the evaluation has not become better for a while.
+    """Stops when a metric of the evaluation has not become better for a while. With each stage of a
+    curriculum it begins anew.
 
     Args:
         monitor: name of the metric.
@@ -73,23 +112,28 @@ class EarlyStopping(Callback):
             raise ValueError(f"EarlyStopping: min_delta must be >= 0; got {min_delta!r}")
         self.monitor, self.patience, self.mode = monitor, patience, mode
         self.min_delta = min_delta
+        self.name = f"EarlyStopping {monitor}"
         self.best: float | None = None
         self.waited = 0
 
-    def on_start(self, trainer: "Trainer") -> None:
-        self._judge(trainer)
+    def on_start(self, run: Run) -> None:
+        self._judge(run)
 
-    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
+    def on_stage(self, run: Run, stage: str) -> None:
+        # Another stage has other data: its values are not to be compared.
+        self.best, self.waited = None, 0
+
+    def on_evaluate(self, run: Run, record: Record) -> None:
         value = metric(record, self.monitor, "EarlyStopping: monitor")
         if self.best is None or is_better(value, self.best, self.mode, self.min_delta):
             self.best, self.waited = value, 0
         else:
             self.waited += 1
-        self._judge(trainer)
+        self._judge(run)
 
-    def _judge(self, trainer: "Trainer") -> None:
+    def _judge(self, run: Run) -> None:
         if self.waited >= self.patience:
-            trainer.stop(
+            run.stop(
                 f"{self.monitor} has not become better than {self.best:.6g} "
                 f"in {self.waited} evaluations"
             )
@@ -112,16 +156,17 @@ class StopAtTarget(Callback):
 
     def __init__(self, monitor: str, target: float, mode: Mode = "max") -> None:
         self.monitor, self.target, self.mode = monitor, target, mode
+        self.name = f"StopAtTarget {monitor}"
 
-    def on_start(self, trainer: "Trainer") -> None:
+    def on_start(self, run: Run) -> None:
         # A run that had reached it has, unless the target is another one now.
-        if trainer.evaluated_at == trainer.step and trainer.metrics:
-            self.on_evaluate(trainer, trainer.metrics)
+        if run.evaluated_at == run.step and run.metrics:
+            self.on_evaluate(run, run.metrics)
 
-    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
+    def on_evaluate(self, run: Run, record: Record) -> None:
         value = metric(record, self.monitor, "StopAtTarget: monitor")
         if value >= self.target if self.mode == "max" else value <= self.target:
-            trainer.stop(f"{self.monitor} {value:.6g} has reached {self.target:.6g}")
+            run.stop(f"{self.monitor} {value:.6g} has reached {self.target:.6g}")
 
 
 def metric(record: Record, name: str, owner: str) -> float:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trm_fast.train.callbacks import Mode
-
+Mode = Literal["max", "min"]
 Strategy = Literal["ddp", "fsdp2"]
 
 
@@ -16,9 +15,10 @@ class TrainerConfig:
 
     Args:
         steps: updates of the weights in the whole run.
-        accumulate: batches per update.
+        accumulate: batches per update; the last update of an epoch takes what is left of it.
         clip_norm: largest norm of the gradients of all parameters together; None does not clip.
-        precision: "fp32" leaves dtypes to the model; "bf16" turns autocast on.
+        precision: "fp32" leaves dtypes to the model; "bf16" and "fp16" turn autocast on, and "fp16"
+            scales the loss so that gradients stay in its range (``torch.amp.GradScaler``).
         ema: decay of the running average of the weights, with which the run is evaluated; None
             keeps none.
         log_every: updates per line of metrics.
@@ -28,7 +28,8 @@ class TrainerConfig:
         monitor: metric of the evaluation by which the best checkpoint is kept; empty for none.
         mode: whether the best value is the "max" or the "min".
         on_nonfinite: "stop" after ``max_nonfinite`` updates in a row were skipped because a loss or
-            gradient was not finite, or "skip" as many as there are.
+            gradient was not finite, or "skip" as many as there are. Overflows of "fp16" that a
+            smaller scale of the loss mends are skipped and do not count.
         max_nonfinite: see there, >= 1.
         seed: of Python's, NumPy's and torch's generators, to which the rank is added.
         strategy: for several processes: "ddp", or "fsdp2", which also shards the weights.
@@ -40,7 +41,7 @@ class TrainerConfig:
     steps: int = 1000
     accumulate: int = 1
     clip_norm: float | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: float | None = None
     log_every: int = 50
     evaluate_every: int = 0
@@ -64,7 +65,7 @@ class TrainerConfig:
         if self.ema is not None:
             self._require("ema", 0 <= self.ema <= 1, "in [0, 1], or None")
         choices = {
-            "precision": ("fp32", "bf16"),
+            "precision": ("fp32", "bf16", "fp16"),
             "mode": ("max", "min"),
             "on_nonfinite": ("stop", "skip"),
             "strategy": ("ddp", "fsdp2"),

@@ -1,11 +1,10 @@
-"""Several processes under ``torchrun``: DDP or FSDP2, and state that is whole on each of them."""
+"""Several processes under ``torchrun``: data parallel or FSDP2, and state that is whole on each."""
 
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from trm_fast.train.config import Strategy
+
+_NONE, _DENSE, _SPARSE = range(3)  # kinds of gradients
 
 
 class World:
@@ -53,27 +53,50 @@ class World:
         """Whether this process writes and prints."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module, strategy: Strategy) -> nn.Module:
-        """Returns the model to be called: itself, in DDP, or sharded in place by FSDP2."""
+    def prepare(self, model: nn.Module, strategy: Strategy) -> None:
+        """Gives every process the weights and buffers of the first one; with "fsdp2" shards the
+        weights in place. Nothing overwrites a buffer after that: each process has its own."""
         if self.size == 1 and strategy == "ddp":
-            return model
-        self._give_out(model)
-        if strategy == "ddp":
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            # Buffers are constants here, or rows that every process moves alike.
-            known = signature(DistributedDataParallel).parameters
-            renamed = "forward_sync_buffers"
-            options: dict[str, Any] = {renamed if renamed in known else "broadcast_buffers": False}
-            return DistributedDataParallel(model, device_ids=ids, **options)
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        # A recursion calls its network many times in one forward pass: gathered once, kept.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
-        return model
-
-    def _give_out(self, model: nn.Module) -> None:
-        """Gives every process the weights and buffers of the first one."""
+            return
         for tensor in model.state_dict().values() if self.size > 1 else ():
             dist.broadcast(tensor, 0)
+        if strategy == "fsdp2":
+            mesh = init_device_mesh(self.device.type, (self.size,))
+            # A recursion calls its network many times in one forward pass: gathered once, kept.
+            fully_shard(model, mesh=mesh, reshard_after_forward=False)
+            if hasattr(model, "start"):  # the first pass of deep supervision uses weights too
+                register_fsdp_forward_method(model, "start")
+            model.register_forward_pre_hook(_bring_out)
+
+    def average_gradients(self, params: Sequence[Tensor]) -> None:
+        """Gives every process the mean of all dense gradients, in one exchange for each dtype. A
+        process that lacks a gradient which another one has counts as zeros.
+
+        It comes after the last backward pass of an update, and not inside of it as in DDP: an
+        objective decides with its last loss how many backward passes there are, and weights that
+        several of them reach are exchanged once. Sharded gradients are exchanged already.
+        """
+        if self.size > 1:
+            self._average_gradients(params)
+
+    @torch.no_grad()
+    def _average_gradients(self, params: Sequence[Tensor]) -> None:
+        whole = [param for param in params if not isinstance(param, DTensor)]
+        if not whole:
+            return
+        kinds = torch.tensor([_kind(param.grad) for param in whole], dtype=torch.uint8)
+        dist.all_reduce(kinds, op=dist.ReduceOp.MAX, group=self._control)
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for param, kind in zip(whole, kinds.tolist(), strict=True):
+            if kind == _DENSE:
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+                by_dtype.setdefault(param.grad.dtype, []).append(param.grad)
+        for grads in by_dtype.values():
+            flat = torch.cat([grad.reshape(-1) for grad in grads]).div_(self.size)
+            dist.all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in grads])
+            pairs = zip(parts, grads, strict=True)
+            torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in pairs])
 
     def add_up(self, tensor: Tensor) -> None:
         """Adds a tensor up over the processes, in place."""
@@ -104,8 +127,8 @@ class World:
         return found
 
     def gather_rows(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every process the sparse gradients of all: the rows of a puzzle table, which DDP
-        does not know. On a GPU each process must have equally many rows."""
+        """Gives every process the sparse gradients of all: the rows of a puzzle table. On a GPU
+        each process must have equally many rows."""
         if self.size == 1:
             return
         for tensor in tensors:
@@ -146,6 +169,17 @@ class World:
         found: list[Any] = [None] * self.size
         dist.gather_object(own, found if self.is_main else None, group=self._control)
         return found if self.is_main else []
+
+    def own_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns those of some tensors, of the same names and shapes everywhere, that differ from
+        those of the first process; to that one none."""
+        own: dict[str, Tensor] = {}
+        for name, tensor in tensors.items() if self.size > 1 else ():
+            first = tensor.detach().clone()
+            dist.broadcast(first, 0)
+            if not torch.equal(first, tensor):
+                own[name] = tensor.detach().clone()
+        return own
 
     def mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the means over processes, weighted by the "count" of each, if they have one. A
@@ -199,6 +233,36 @@ def gathered(model: nn.Module) -> Iterator[None]:
         # Else the next step would go on with these weights, whatever has happened to them since.
         if isinstance(model, FSDPModule):
             model.reshard()
+
+
+class _Hidden:
+    """A value in which nobody looks for tensors."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _bring_out(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.value if isinstance(arg, _Hidden) else arg for arg in args)
+
+
+def call_with_state(model: Any, state: Any, batch: Any) -> Any:
+    """Returns ``model(state, batch)``, where the state may need a gradient. FSDP2 would exchange
+    the gradients of all weights as soon as that of an input is there, which may be too early."""
+    return model(_Hidden(state) if isinstance(model, FSDPModule) else state, batch)
+
+
+def reduces_gradients(model: nn.Module, now: bool) -> None:
+    """Says whether the next backward passes of an FSDP2 model exchange the gradients that have come
+    together; exchanges add up. Other models are left alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def _kind(grad: Tensor | None) -> int:
+    if grad is None:
+        return _NONE
+    return _SPARSE if grad.is_sparse else _DENSE
 
 
 def device_name(device: torch.device) -> str:

@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from trm_fast.train._rng import fork_rng, seed_everything
 from trm_fast.train.checkpoints.snapshot import snapshot
-
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
+from trm_fast.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class DryRun:
     seconds: float
 
 
-def dry_run(trainer: "Trainer") -> DryRun:
+def dry_run(trainer: Trainer) -> DryRun:
     """Takes one step and measures it; nothing is written. The trainer is used up by it.
 
     Raises:

@@ -1,7 +1,7 @@
-"""``Objective``: what one forward pass of a training step computes, and what it keeps."""
+"""``Objective``: the losses of a batch, and what is kept from one update to the next."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,63 +11,77 @@ Metrics = Mapping[str, tuple[Tensor | float, Tensor | float]]
 
 
 class StepResult(NamedTuple):
-    """What a forward pass gives the trainer.
+    """A loss, and what is to be known of it.
 
     Args:
         loss: what is minimised, 0-d, with a gradient: the mean over the batch.
         metrics: by name, a sum and the count it is to be divided by, as tensors on the device or
             numbers. The trainer adds them up and divides when it logs, so no batch counts more than
             its size, and nothing waits for a GPU.
+        samples: by name, a number for each sample of the batch, [batch], on the device; callbacks
+            find them in ``Step.samples``.
     """
 
     loss: Tensor
     metrics: Metrics = MappingProxyType({})
+    samples: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Objective(ABC):
-    """What a training step computes. The trainer runs the backward pass and the optimizers.
+    """The losses of a batch. The trainer runs the backward passes and the optimizers.
 
     Attributes:
-        passes: forward and backward passes of one batch before the weights move; more than one for
-            joint supervision.
+        backwards: how many losses a batch has, where that is known. Sharded weights (FSDP2) then
+            exchange their gradients with the last of them only; with None, with each.
     """
 
-    passes: int = 1
+    backwards: int | None = None
 
     @abstractmethod
-    def __call__(self, model: nn.Module, batch: Any, slot: int, index: int) -> StepResult:
-        """Computes one forward pass.
+    def losses(self, model: nn.Module, batch: Any) -> Iterator[StepResult]:
+        """Yields the losses of a batch, at least one; their gradients add up.
+
+        The backward pass of a loss runs before the next one is asked for. What follows the last
+        ``yield`` is the end of the batch, before the weights move: here a backward pass of its own
+        may go on from gradients that those of the losses have left, as in a leaf for an embedding.
 
         Args:
-            model: what to call: the model, wrapped if there are several processes.
-            batch: on the device of the model.
-            slot: which batch of the accumulated ones it is, from 0.
-            index: which pass over the batch it is, from 0.
+            model: what to call.
+            batch: on the device of the model. With accumulated batches there is one call for each,
+                in order, between two calls of ``commit``.
         """
 
-    def skipped(self, finite: Tensor) -> None:  # noqa: B027
-        """Is told about a step whose loss or gradient was not finite, and may start anew.
+    def commit(self, finite: Tensor) -> None:  # noqa: B027
+        """Ends an update, whether it was taken or not: keeps or drops carries and memories.
 
         Args:
-            finite: 0-d, bool; on a GPU the trainer calls this after each step, and only where it is
-                False something may change.
+            finite: whether the update was taken, 0-d, bool, on the device. Reading it as a bool
+                makes the host wait for a GPU; ``torch.where`` does not.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the next step needs, such as the carry; empty if nothing."""
+        """Returns what the next update needs, such as a carry; empty if nothing. Each process has a
+        state of its own."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Takes over what ``state_dict`` returned."""
+        """Goes on from what ``state_dict`` returned."""
 
 
 class FunctionObjective(Objective):
     """An objective that keeps nothing: ``function(model, batch)`` returns the loss or a
     ``StepResult``."""
 
+    backwards = 1
+
     def __init__(self, function: Callable[[nn.Module, Any], Tensor | StepResult]) -> None:
         self.function = function
 
-    def __call__(self, model: nn.Module, batch: Any, slot: int, index: int) -> StepResult:
+    def losses(self, model: nn.Module, batch: Any) -> Iterator[StepResult]:
         found = self.function(model, batch)
-        return found if isinstance(found, StepResult) else StepResult(found)
+        yield found if isinstance(found, StepResult) else StepResult(found)
+
+
+def objective_of(given: "Objective | Callable[[nn.Module, Any], Any]") -> Objective:
+    """Returns an objective as it is, and a function as a ``FunctionObjective``."""
+    return given if isinstance(given, Objective) else FunctionObjective(given)

@@ -4,12 +4,10 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from trm_fast.train.callbacks import Callback, Record
-
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
+from trm_fast.train.callbacks import Callback
+from trm_fast.train.run import Record, Run, Step
 
 _BYTES = 200  # of a line, with its end
 
@@ -29,15 +27,15 @@ class Progress(Callback):
         every: int = 0,
         bar: bool | None = None,
     ) -> None:
-        self.metrics = tuple(metrics)
+        self.shown = tuple(metrics)
         self.bar = sys.stdout.isatty() if bar is None else bar
         self.every = every
         self._last = 0
         self._display: Any = None
         self._task: Any = None
 
-    def on_start(self, trainer: "Trainer") -> None:
-        if not self.bar or not trainer.world.is_main:
+    def on_start(self, run: Run) -> None:
+        if not self.bar or not run.world.is_main:
             return
         from rich import progress
 
@@ -50,28 +48,28 @@ class Progress(Callback):
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._task = self._display.add_task(
-            "steps", total=trainer.config.steps, completed=trainer.step, shown=""
+            "steps", total=run.config.steps, completed=run.step, shown=""
         )
         self._display.start()
 
-    def on_step(self, trainer: "Trainer") -> None:
+    def on_step(self, run: Run, step: Step) -> None:
         if self._display is not None:
-            self._display.update(self._task, completed=trainer.step)
+            self._display.update(self._task, completed=run.step)
 
-    def on_log(self, trainer: "Trainer", record: Record) -> None:
+    def on_log(self, run: Run, record: Record) -> None:
         shown = self._shown(record)
         if self._display is not None:
             self._display.update(self._task, shown=shown)
         elif self._is_due(record):
             pace = f"{record['steps_per_second']:.3g} steps/s"
-            self._line(trainer, f"step {record['step']}/{trainer.config.steps}  {shown}  {pace}")
+            self._line(run, f"step {record['step']}/{run.config.steps}  {shown}  {pace}")
 
-    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
+    def on_evaluate(self, run: Run, record: Record) -> None:
         if self._is_due(record):
-            self._line(trainer, f"step {record['step']}: evaluation  {self._shown(record)}")
+            self._line(run, f"step {record['step']}: evaluation  {self._shown(record)}")
 
-    def on_event(self, trainer: "Trainer", record: Record) -> None:
-        self._line(trainer, f"step {record['step']}: {record['message']}")
+    def on_event(self, run: Run, record: Record) -> None:
+        self._line(run, f"step {record['step']}: {record['message']}")
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -87,10 +85,10 @@ class Progress(Callback):
         return True
 
     def _shown(self, record: Record) -> str:
-        return "  ".join(_told(name, record[name]) for name in self.metrics if name in record)
+        return "  ".join(_shown_as(name, record[name]) for name in self.shown if name in record)
 
-    def _line(self, trainer: "Trainer", line: str) -> None:
-        if not trainer.world.is_main:
+    def _line(self, run: Run, line: str) -> None:
+        if not run.world.is_main:
             return
         line = _cut(line)
         if self._display is not None:
@@ -101,7 +99,7 @@ class Progress(Callback):
             print(line, flush=True)
 
 
-def _told(name: str, value: float) -> str:
+def _shown_as(name: str, value: float) -> str:
     # A metric without anything to count, such as finished puzzles, is NaN; a loss tells a fault.
     nothing = math.isnan(value) and name != "loss"
     return f"{name} -" if nothing else f"{name} {value:.4g}"

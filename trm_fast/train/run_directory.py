@@ -191,8 +191,13 @@ class RunDirectory:
                 os.ftruncate(handle, end)
                 raise
 
-    def truncate(self, name: str, step: int) -> None:
+    def truncate(self, name: str, step: int, most: int | None = None) -> None:
         """Drops the records with a "step" beyond ``step``, and a torn last line.
+
+        Args:
+            name: of the file.
+            step: the last one that is kept.
+            most: records that are kept at most, the first ones; None keeps all of these steps.
 
         Raises:
             ValueError: a whole line is no record; it is named.
@@ -204,7 +209,7 @@ class RunDirectory:
             if not path.exists():
                 return
             kept = [line for line, record in _records(path) if not _beyond(record, step)]
-            _files.replace(path, b"".join(kept))
+            _files.replace(path, b"".join(kept[:most]))
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Returns the records of a JSONL file, without a torn last line; none if it is missing.

@@ -4,12 +4,10 @@ import queue
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from trm_fast.train.callbacks import Callback, Record
-
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
+from trm_fast.train.callbacks import Callback
+from trm_fast.train.run import Record, Run
 
 _NOT_METRICS = ("kind", "step", "seconds")
 _QUEUE = 1000
@@ -28,40 +26,39 @@ class Writer(Protocol):
 
 class Tracker(Callback):
     """Hands metrics to a tracker. A tracker that raises or hangs is switched off with one event;
-    the run neither waits for it nor changes.
+    the run neither waits for it nor changes. A metric goes there as ``train/loss`` or
+    ``evaluation/accuracy``; one that has a slash in its name keeps that.
 
     Args:
         kind: "tensorboard" (needs tensorboard; writes below ``out``), "wandb" (needs wandb, and the
-            network unless WANDB_MODE=offline), or a function of the trainer that returns a
-            ``Writer``.
+            network unless WANDB_MODE=offline), or a function of the run that returns a ``Writer``.
 
     Raises:
         ValueError: the kind is unknown.
     """
 
-    def __init__(
-        self, kind: Literal["tensorboard", "wandb"] | Callable[["Trainer"], Writer]
-    ) -> None:
+    def __init__(self, kind: Literal["tensorboard", "wandb"] | Callable[[Run], Writer]) -> None:
         if isinstance(kind, str) and kind not in _WRITERS:
             raise ValueError(f"Tracker: kind must be one of {', '.join(_WRITERS)}; got {kind!r}")
         self._make = _WRITERS[kind] if isinstance(kind, str) else kind
         self._name = (
             kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
         )
+        self.name = f"Tracker {self._name}"
         self._queue: queue.Queue[Record | None] = queue.Queue(_QUEUE)
         self._thread: threading.Thread | None = None
-        self._trainer: Trainer | None = None
+        self._run: Run | None = None
         self._fault: str | None = None
 
-    def on_start(self, trainer: "Trainer") -> None:
-        if trainer.world.is_main:
-            self._trainer, self._fault, self._queue = trainer, None, queue.Queue(_QUEUE)
-            self._thread = threading.Thread(target=self._work, args=(trainer,), daemon=True)
+    def on_start(self, run: Run) -> None:
+        if run.world.is_main:
+            self._run, self._fault, self._queue = run, None, queue.Queue(_QUEUE)
+            self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
             self._thread.start()
 
-    def _work(self, trainer: "Trainer") -> None:
+    def _work(self, run: Run) -> None:
         try:
-            writer = self._make(trainer)
+            writer = self._make(run)
             while (record := self._queue.get()) is not None:
                 writer.write(record["step"], _numbers(record))
             writer.close()
@@ -69,7 +66,7 @@ class Tracker(Callback):
             # Whatever a tracker does wrong must not end a run; the run says it.
             self._fault = f"{type(error).__name__}: {error}".partition("\n")[0]
 
-    def _put(self, trainer: "Trainer", record: Record) -> None:
+    def _put(self, run: Run, record: Record) -> None:
         if self._thread is None:
             return
         if self._fault is None:
@@ -79,17 +76,17 @@ class Tracker(Callback):
             except queue.Full:
                 self._fault = f"it has not taken {_QUEUE} records"
         self._thread = None
-        trainer.event("tracker", f"{self._name} is switched off: {self._fault}")
+        run.event("tracker", f"{self._name} is switched off: {self._fault}")
 
-    def on_log(self, trainer: "Trainer", record: Record) -> None:
-        self._put(trainer, record)
+    def on_log(self, run: Run, record: Record) -> None:
+        self._put(run, record)
 
-    def on_evaluate(self, trainer: "Trainer", record: Record) -> None:
-        self._put(trainer, record)
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        self._put(run, record)
 
     def close(self) -> None:
-        thread, trainer = self._thread, self._trainer
-        if thread is None or trainer is None:
+        thread, run = self._thread, self._run
+        if thread is None or run is None:
             return
         try:
             self._queue.put_nowait(None)
@@ -99,14 +96,14 @@ class Tracker(Callback):
         if thread.is_alive() and self._fault is None:
             self._fault = f"it has not finished within {_PATIENCE:.0f} s"
         if self._fault is not None:
-            trainer.event("tracker", f"{self._name} is switched off: {self._fault}")
-        self._thread = self._trainer = None
+            run.event("tracker", f"{self._name} is switched off: {self._fault}")
+        self._thread = self._run = None
 
 
 def _numbers(record: Record) -> dict[str, float]:
     kind = record["kind"]
     return {
-        f"{kind}/{name}": value
+        name if "/" in name else f"{kind}/{name}": value
         for name, value in record.items()
         if name not in _NOT_METRICS and isinstance(value, (int, float))
     }
@@ -139,15 +136,15 @@ class _WandB:
         self._run.finish()
 
 
-def _tensorboard(trainer: "Trainer") -> Writer:
-    return _TensorBoard(trainer.out or Path("."))
+def _tensorboard(run: Run) -> Writer:
+    return _TensorBoard(run.out or Path("."))
 
 
-def _wandb(trainer: "Trainer") -> Writer:
-    return _WandB(trainer.out or Path("."), trainer.settings)
+def _wandb(run: Run) -> Writer:
+    return _WandB(run.out or Path("."), run.settings)
 
 
-_WRITERS: dict[str, Callable[["Trainer"], Writer]] = {
+_WRITERS: dict[str, Callable[[Run], Writer]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
 }

@@ -17,21 +17,24 @@ from torch.optim import Optimizer
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.train._ending import ended
+from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
+from trm_fast.train._interval import Interval, add_metrics
 from trm_fast.train._rng import fork_rng, seed_everything
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
 from trm_fast.train._update import Update
-from trm_fast.train.batches import Batches, RepeatedBatches, take
-from trm_fast.train.callbacks import Callback, Record, is_better, metric
+from trm_fast.train.batches import Batches, iterator_of, take, to_device
+from trm_fast.train.callbacks import Callback, by_name, is_better, metric
 from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
+from trm_fast.train.curriculum import ENDED, Curriculum, Stage
 from trm_fast.train.distributed import World, gathered
 from trm_fast.train.meter import Meter
-from trm_fast.train.objective import FunctionObjective, Objective
+from trm_fast.train.objective import Objective, objective_of
+from trm_fast.train.run import Evaluate, Record, Step
 
 Optimizers = Optimizer | Sequence[Optimizer]
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 class Trainer:
@@ -45,9 +48,9 @@ class Trainer:
         model: the model; it is moved to the device.
         optimizers: one, several, or a function of the model that makes them; FSDP2 needs the
             function, as it replaces the parameters.
-        batches: an iterable of batches, which is repeated; or what knows its place itself
-            (``Batches``). A batch is a tensor, or a mapping, list or tuple with tensors. With
-            several processes each has its own part.
+        batches: an iterable of batches, which is repeated; what knows its place itself
+            (``Batches``); or a ``Curriculum``, whose stages have batches. A batch is a tensor, or a
+            mapping, list or tuple with tensors. With several processes each has its own part.
         objective: an ``Objective``, or a function ``(model, batch)`` that returns the loss or a
             ``StepResult``.
         config: the other settings.
@@ -84,7 +87,7 @@ class Trainer:
         self,
         model: nn.Module,
         optimizers: Optimizers | Callable[[nn.Module], Optimizers],
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Curriculum,
         objective: Objective | Callable[[nn.Module, Any], Any],
         config: TrainerConfig | None = None,
         *,
@@ -101,7 +104,7 @@ class Trainer:
         self.config = config = config or TrainerConfig()
         self.world = device if isinstance(device, World) else World(device)
         self.model = model.to(self.world.device)
-        self.wrapped = self.world.wrap(self.model, config.strategy)
+        self.world.prepare(self.model, config.strategy)
         if config.strategy == "fsdp2" and not callable(optimizers):
             raise ValueError(
                 "Trainer: optimizers must be a function of the model with strategy 'fsdp2', which "
@@ -111,13 +114,19 @@ class Trainer:
         self.optimizers: list[Optimizer] = [made] if isinstance(made, Optimizer) else list(made)
         plans = schedules(self.optimizers) if callable(schedules) else schedules
         self.schedules: list[Any] = list(plans)
-        self.batches = batches if isinstance(batches, Batches) else RepeatedBatches(batches)
-        self.objective = (
-            objective if isinstance(objective, Objective) else FunctionObjective(objective)
+        # A run without stages is one stage that sets nothing.
+        self.staged = isinstance(batches, Curriculum)
+        self._curriculum = (
+            batches if isinstance(batches, Curriculum) else Curriculum([Stage("train", batches)])
         )
+        self._curriculum.evaluate = evaluate
+        self._source: Batches | None = None
+        self._iterator: Iterator[Any] = iter(())
+        self.objective = objective_of(objective)
         self.ema = self._average()
         self.evaluator = evaluate
         self.callbacks = list(callbacks)
+        by_name(self.callbacks)  # no two have one name
         self.name = name
         self.settings = settings or {}
         self.report = dict(report or {})
@@ -130,20 +139,46 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.seconds = 0.0
-        self._update = Update(
-            self.wrapped,
-            self.optimizers,
-            self.objective,
-            self.world,
-            None if self.ema is None or self.ema.is_of_optimizer else self.ema,
-            config.clip_norm,
-            config.precision,
-        )
+        average = None if self.ema is None or self.ema.is_of_optimizer else self.ema
+        self._update = Update(self.model, self.optimizers, self.world, average, config.precision)
+        self.extra = ExtraUpdates(self._update, self.meter, self.guard)
         self.history: list[Record] = []
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
-        self._saved: tuple[int, int, Path] | None = None
-        self._logged = (0, 0.0)
+        self._saved: tuple[tuple[int, ...], Path] | None = None
+        self._interval = Interval()
+
+    @property
+    def batches(self) -> Batches:
+        """Those of the present stage."""
+        return self._curriculum.batches()
+
+    @batches.setter
+    def batches(self, batches: Any) -> None:
+        raise AttributeError(
+            "Trainer: batches must be changed by a Stage of a Curriculum, which is given in their "
+            f"place when the trainer is made; got an assignment of {type(batches).__name__}"
+        )
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """The stages; a run without any has one."""
+        return self._curriculum
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that are over."""
+        return self._curriculum.epochs
+
+    @property
+    def extra_updates(self) -> int:
+        """Updates so far that are no steps."""
+        return self.extra.count
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss with precision "fp16"."""
+        return self._update.scaler
 
     def _average(self) -> WeightEMA | None:
         """Returns the averages of the weights, which may be kept by an optimizer."""
@@ -191,6 +226,7 @@ class Trainer:
             self.files.write_json("config.json", self.settings or asdict(self.config))
             self.files.write_json("run.json", describe(self))
             self.files.write_json("summary.json", {})  # until the run ends
+            by_name(self.callbacks)
             for callback in self.callbacks:
                 stack.callback(callback.close)
                 callback.on_start(self)
@@ -206,24 +242,25 @@ class Trainer:
         Raises:
             ValueError: there is no batch.
         """
-        batches, _ = self._next(iter(self.batches))
+        if not self._curriculum.entered:
+            self._curriculum.enter(self)
+        batches, _ = self._next()
         if not batches:
             raise ValueError("Trainer: batches must give at least one; got none")
-        self._update(batches, self.meter)
-        return self.meter.means()["loss"]
+        return float(self.train_step(batches).loss)
 
     def _load(self) -> None:
         """Goes back to the last checkpoint that is whole, if there is any."""
         loaded = self.files.load()
         if loaded is None:
-            self.history = self.files.rewind(0)
+            self.history = self.files.rewind(0, 0)
             return self.event("started", "there is no checkpoint yet: starting at the beginning")
         lost = restore(self, loaded.state)
-        self.history = self.files.rewind(loaded.step)
+        self.history = self.files.rewind(loaded.step, loaded.state["trainer"]["records"])
         for reason in (*loaded.skipped, *([lost] if lost else [])):
             self.event("checkpoint", reason)
         self.event("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")
-        self._saved = (self.step, self.evaluated_at, loaded.path)
+        self._saved = self._place_of_save(), loaded.path
 
     def _train(self, request: StopRequest) -> Summary:
         """Runs the loop; says how it ended."""
@@ -242,46 +279,147 @@ class Trainer:
         Yields:
             The updates so far.
         """
-        iterator = iter(self.batches)
         started, before = time.perf_counter(), self.seconds
         self._clock = lambda: before + time.perf_counter() - started
-        self._logged = (self.step, self.seconds)
+        self._interval = Interval(self.step, self.seconds)
+        self._source = None
+        self._update.clear()
+        if not self._curriculum.entered:
+            self._begin_stage()
+        if self.staged and self._curriculum.finished is not None:
+            self.stop(self._curriculum.finished)
+        self._close_epochs()
         while self.step < self.config.steps and self.stop_reason is None:
-            batches, names = self._next(iterator)
-            if not batches:
-                return self.stop("the batches have ended")
-            finite = self._update(batches, self.meter)
-            for schedule in self.schedules:
-                schedule.step()
-            self.step += 1
-            self.guard.note(finite, f"step {self.step}{names}")
-            for callback in self.callbacks:
-                callback.on_step(self)
-            self._after_step()
-            yield self.step
+            batches, names = self._next()
+            if batches:
+                self.train_step(batches, names)
+                self._after_step()
+                yield self.step
+            elif not self._close_epochs():
+                self._end_stage(ENDED)
 
-    def _next(self, iterator: Iterator[Any]) -> tuple[list[Any], str]:
-        return take(iterator, self.batches, self.config.accumulate, self.world.device)
+    def train_step(self, batches: Sequence[Any], names: str = "") -> Step:
+        """Takes one step: gradients, hooks, update, schedules.
+
+        Args:
+            batches: on the device; their mean loss is minimised.
+            names: of the batches, for messages.
+        """
+        step = self._update.gradients(self.objective, batches, self.step + 1, self.config.clip_norm)
+        for callback in self.callbacks:
+            callback.on_gradients(self, step)
+        self._update.move(step)
+        self.objective.commit(step.finite)
+        for metrics in step.metrics:
+            self.meter.add(metrics)
+        self.meter.add({"loss": (step.loss, 1.0)})
+        for schedule in self.schedules:
+            schedule.step()
+        self.step += 1
+        self._curriculum.step += 1
+        self.guard.note(step.finite, f"step {self.step}{names}", step.overflow)
+        for callback in self.callbacks:
+            callback.on_step(self, step)
+        self._update.clear()
+        return step
+
+    def extra_update(
+        self,
+        objective: Objective | Callable[[nn.Module, Any], Any],
+        batches: Sequence[Any],
+        name: str = "extra",
+    ) -> Step:
+        """Moves the weights once more, with other batches: an update that is no step. It has a
+        counter of its own, ``extra_updates``; no schedule and no callback hears of it, but
+        optimizers and averages move as with a step. All processes must call it, between two steps
+        or in any hook but ``on_gradients`` and ``on_save``.
+
+        Args:
+            objective: as for the trainer. Its state is saved, and comes back with the first call of
+                this name after a resume.
+            batches: at least one; the mean of their losses is minimised.
+            name: stands before its metrics, as in "extra/loss".
+
+        Returns:
+            The update; its gradients are gone.
+
+        Raises:
+            ValueError: there is no batch, or another objective has this name.
+        """
+        moved = [to_device(batch, self.world.device) for batch in batches]
+        return self.extra.take(
+            objective_of(objective), moved, name, self.config.clip_norm, self.step
+        )
+
+    def _next(self) -> tuple[list[Any], str]:
+        if self._source is None:
+            self._source = self.batches
+            self._iterator = iterator_of(self._source)
+        return take(self._iterator, self._source, self.config.accumulate, self.world.device)
+
+    def _close_epochs(self) -> bool:
+        """Calls callbacks for the epochs that are over; returns whether there are any."""
+        found = False
+        while self._curriculum.new_epoch():
+            found = True
+            for callback in self.callbacks:
+                callback.on_epoch(self, self.epochs - 1)
+        return found
 
     def _after_step(self) -> None:
-        """Does what is due after a step: the guard's look, metrics, evaluation, checkpoint."""
-        logs = self._is_due(self.config.log_every)
+        """After a step: check for skipped steps, log, evaluate, go on to another stage, save,
+        whichever is due."""
+        stage, step = self._curriculum.stage, self._curriculum.step
+        epoch_ends, is_last = self._close_epochs(), step == stage.steps
+        logs = is_last or self._is_due(self.config.log_every)
         if logs or not self._update.on_device:
             self._guarded()
         if logs:
             self._log()
-        evaluates = self._is_due(self.config.evaluate_every)
+        every = stage.evaluate_every
+        if every is None:
+            evaluates = is_last or self._is_due(self.config.evaluate_every)
+        else:
+            evaluates = is_last or (every > 0 and step % every == 0)
         saves = self._is_due(self.config.save_every)
-        if not evaluates and not saves:
-            return
-        began = self.elapsed()
-        if evaluates:
-            self._evaluate()
-        if saves:
+        if evaluates or saves or epoch_ends or self._curriculum.is_left:
+            began = self.elapsed()
+            self._between_steps(evaluates, saves)
+            self._interval.pause(self.elapsed() - began)  # this is not the pace of the steps
+
+    def _between_steps(self, evaluates: bool, saves: bool) -> None:
+        record, is_best = self._evaluate() if evaluates else (None, False)
+        reason = self._curriculum.reason_to_end(record)
+        if reason is not None:
+            if self.staged and self._interval.step < self.step:
+                self._log()
+            self._end_stage(reason)
+        if is_best or saves:
             self.save()
-        # Neither belongs to the pace of the steps.
-        step, seconds = self._logged
-        self._logged = (step, seconds + self.elapsed() - began)
+
+    def _end_stage(self, reason: str) -> None:
+        """Ends the stage and goes on with the next one, if there is one."""
+        name = self._curriculum.stage.name
+        over = f"stage {name!r} is over: {reason}" if self.staged else reason
+        if self._curriculum.advance(self.step, reason):
+            self._begin_stage(f"{over}; ")
+        else:
+            self.stop(over)
+
+    def _begin_stage(self, before: str = "") -> None:
+        """Begins the present stage.
+
+        Args:
+            before: what the event says first.
+        """
+        self._source = None
+        self._curriculum.enter(self)
+        if not self.staged:
+            return
+        name = self._curriculum.stage.name
+        self.event("stage", f"{before}stage {name!r} begins")
+        for callback in self.callbacks:
+            callback.on_stage(self, name)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
@@ -299,19 +437,23 @@ class Trainer:
             raise
 
     def _log(self) -> None:
-        """Writes the means of the interval."""
-        means = self.meter.means(self.world.add_up if self.world.size > 1 else None)
+        """Writes the means of the interval, and what callbacks add to them."""
+        reduce = self.world.add_up if self.world.size > 1 else None
+        means = self.meter.means(reduce)
         self.meter.clear()
-        now = self.elapsed()
-        step, seconds = self._logged
-        self._logged = (self.step, now)
-        pace = (self.step - step) / (now - seconds) if now > seconds else math.nan
-        rates = [float(group["lr"]) for o in self.optimizers for group in o.param_groups]
-        record: Record = {"kind": "train", "step": self.step, "seconds": round(now, 3), **means}
-        record |= {"lr": rates[0], "steps_per_second": round(pace, 3)}
+        rate = float(self.optimizers[0].param_groups[0]["lr"])
+        record = self._interval.record(self.step, self.elapsed(), means | self._place(), rate)
+        add_metrics(record, by_name(self.callbacks), Meter(self.world.device), reduce)
         self._record(record)
         for callback in self.callbacks:
             callback.on_log(self, record)
+
+    def _place(self) -> dict[str, float]:
+        """Returns what records say of the stage."""
+        found = self._curriculum
+        return (
+            {"curriculum/stage": found.index, "curriculum/step": found.step} if self.staged else {}
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the model with its averaged weights; nothing of the run changes.
@@ -323,18 +465,23 @@ class Trainer:
             raise ValueError("Trainer: evaluate() needs the argument evaluate; got None")
         averaged = nullcontext() if self.ema is None else self.ema.swapped()
         with evaluating(self.model), fork_rng(self.world.device), torch.no_grad(), averaged:
-            with gathered(self.wrapped):
+            with gathered(self.model):
                 found = self.evaluator(self.model)
         return self.world.mean({name: float(value) for name, value in found.items()})
 
-    def _evaluate(self) -> None:
-        """Evaluates, keeps what is best, and tells everyone."""
+    def _evaluate(self) -> tuple[Record | None, bool]:
+        """Evaluates, keeps what is best, and calls callbacks.
+
+        Returns:
+            The record, None without an evaluation, and whether it is the best so far.
+        """
         if self.evaluator is None or self.evaluated_at == self.step:
-            return
+            return None, False
         self.metrics = self.evaluate()
         self.evaluated_at = self.step
         now = round(self.elapsed(), 3)
-        record: Record = {"kind": "evaluation", "step": self.step, "seconds": now, **self.metrics}
+        record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
+        record |= self.metrics | self._place()
         self._record(record)
         try:
             is_best = self._is_best(record)
@@ -346,8 +493,7 @@ class Trainer:
             self.best = {"step": self.step, **self.metrics}
         for callback in self.callbacks:
             callback.on_evaluate(self, record)
-        if is_best:
-            self.save()
+        return record, is_best
 
     def _is_best(self, record: Record) -> bool:
         monitor = self.config.monitor
@@ -367,12 +513,12 @@ class Trainer:
             OSError: it cannot be written; earlier ones are as they were.
             ValueError: a weight or state of an optimizer is not finite.
         """
-        now = (self.step, self.evaluated_at)
+        now = self._place_of_save()
         checkpoints = self.files.checkpoints
         if checkpoints is None:
             return None
-        if self._saved is not None and self._saved[:2] == now:
-            return self._saved[2]
+        if self._saved is not None and self._saved[0] == now:
+            return self._saved[1]
         if self._update.on_device:
             self._guarded()
         state = snapshot(self)
@@ -380,13 +526,17 @@ class Trainer:
             path = checkpoints.save(
                 self.step, state, score=self._score(), summary=dict(self.metrics)
             )
-            self._saved = (*now, path)
+            self._saved = now, path
             for callback in self.callbacks:
                 callback.on_save(self, path)
         else:
-            self._saved = (*now, checkpoints.directory)
+            self._saved = now, checkpoints.directory
         self.world.barrier()
-        return self._saved[2]
+        return self._saved[1]
+
+    def _place_of_save(self) -> tuple[int, ...]:
+        """Returns what differs where another checkpoint is worth writing."""
+        return self.step, self.evaluated_at, self.extra.count, len(self._curriculum.history)
 
     def _score(self) -> float | None:
         monitor = self.config.monitor

@@ -134,7 +134,7 @@ def test_the_learning_rate_rises_and_falls(tmp_path):
 def test_joint_supervision_takes_all_steps_of_a_batch_for_one_update(tmp_path):
     config = micro("sudoku", tmp_path / "run", supervision="joint", weights="halving")
     trainer, _ = fit(config)
-    assert trainer.objective.passes == 2
+    assert trainer.objective.backwards == 2
     assert trainer.objective.weights == pytest.approx([2 / 3, 1 / 3])
 
 

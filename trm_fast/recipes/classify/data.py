@@ -1,15 +1,12 @@
-"""Data of the classifier: loaders of the synthetic task, and batches that can be repeated."""
+"""Data of the classifier: loaders of the synthetic task, and batches that are checked."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from trm_fast.data.synthetic.vectors import SyntheticRecursiveDataset
-from trm_fast.train._rng import generators, seed_everything, set_generators
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -67,27 +64,20 @@ class TRMDataModule:
         return DataLoader(self.val, self.batch_size)
 
 
-class EpochBatches:
-    """Goes through a loader again and again; everything random in an epoch follows from ``seed``
-    and its number.
-
-    Before an epoch the global generators are seeded anew, so that the order of a shuffling loader
-    and all dropout are those of an uninterrupted run also where one goes on in a later epoch. A
-    loader that has a generator of its own keeps its own order.
+class CheckedLoader:
+    """The batches of a loader as ``checked_batches`` gives them.
 
     Args:
         loader: gives (features, targets, ...), and has a length.
         classes: targets are from 0 to this, exclusive.
-        seed: see above, >= 0.
-        device: whose generator is seeded beside those of the host.
 
     Raises:
         TypeError: ``loader`` has no length.
         ValueError: it gives no batch, or, while iterating, a sample cannot be used.
     """
 
-    def __init__(self, loader: Any, classes: int, seed: int, device: torch.device) -> None:
-        self.loader, self.classes, self.seed, self.device = loader, classes, seed, device
+    def __init__(self, loader: Any, classes: int) -> None:
+        self.loader, self.classes = loader, classes
         if not hasattr(loader, "__len__"):
             raise TypeError(
                 "TRMTrainer: train_loader must have a length, as a DataLoader of a data set; got "
@@ -95,47 +85,12 @@ class EpochBatches:
             )
         if not len(loader):
             raise ValueError("TRMTrainer: train_loader must give at least one batch; got none")
-        self.epoch = self.position = 0
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from self._rest_of_epoch()
-            self.epoch, self.position = self.epoch + 1, 0
-
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        done = self.position
-        now = generators(self.device) if done else {}
-        seeds = np.random.SeedSequence((self.seed, self.epoch))
-        seed_everything(int(seeds.generate_state(1, np.uint64)[0]))
-        batches = enumerate(checked_batches(self.loader, self.classes))
-        for _ in range(done):
-            next(batches, None)
-        if done:
-            # Read again to find the place; what is drawn from here on goes on where it was.
-            set_generators(now, self.device)
-        for position, batch in batches:
-            self.position = position + 1
-            yield batch
-
-    def close_epoch(self) -> None:
-        """Goes on to the next epoch if all batches of this one were read."""
-        if self.position == len(self):
-            self.epoch, self.position = self.epoch + 1, 0
-
-    def describe(self) -> str:
-        """Names the last batch."""
-        return f"epoch {self.epoch}, batch {self.position - 1}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the place: seed, epoch, and batches read in it."""
-        return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a ``state_dict``; an iterator from before must not be used."""
-        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+        return checked_batches(self.loader, self.classes)
 
 
 def checked_batches(loader: Any, classes: int) -> Iterator[tuple[Tensor, Tensor]]:

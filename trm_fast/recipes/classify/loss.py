@@ -1,6 +1,6 @@
 """The loss of the classifier, cross entropy and a price for depth, and what a step computes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,10 +112,15 @@ class ClassifyObjective(Objective):
 
     def __init__(self, model: TinyRecursiveModel, criterion: TRMLoss, T: int, n: int) -> None:
         self.model, self.criterion, self.T, self.n = model, criterion, T, n
+        self.backwards = 1
         self.top = min(3, model.output_dim)
         self.dtype = next(model.parameters()).dtype
 
-    def __call__(self, model: nn.Module, batch: Any, slot: int, index: int) -> StepResult:
+    def losses(self, model: nn.Module, batch: Any) -> Iterator[StepResult]:
+        yield self.result(model, batch)
+
+    def result(self, model: nn.Module, batch: Any) -> StepResult:
+        """Returns loss and metrics of a batch."""
         features, targets = batch
         logits, (_, _, halt_probs) = model(features.to(self.dtype), self.T, self.n, True)
         loss = self.criterion(logits, targets, self.model, self.T, self.n, halt_probs)

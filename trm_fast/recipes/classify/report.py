@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trm_fast.train import Progress, Summary, Trainer
-from trm_fast.train.callbacks import Record
+from trm_fast.train import Progress, Record, Run, Step, Summary, Trainer
 
 Scores = dict[str, float]
 
@@ -67,49 +66,49 @@ class EpochReport(Progress):
         self.train: Scores = {}
         self._looked = self._began = time.perf_counter()
 
-    def on_step(self, trainer: Trainer) -> None:
-        super().on_step(trainer)
+    def on_step(self, run: Run, step: Step) -> None:
+        super().on_step(run, step)
         now = time.perf_counter()
         if self._display is None or now - self._looked < _LOOK:
             return
         self._looked = now
-        means = trainer.meter.means()
+        means = run.meter.means()
         if "accuracy" in means:
             self._display.update(self._task, shown=_scores(means["sample_loss"], means["accuracy"]))
 
-    def on_log(self, trainer: Trainer, record: Record) -> None:
+    def on_log(self, run: Run, record: Record) -> None:
         self.train = {"loss": record["sample_loss"], "accuracy": record["accuracy"]}
 
-    def on_evaluate(self, trainer: Trainer, record: Record) -> None:
-        epoch = trainer.step // self.per_epoch - 1
+    def on_evaluate(self, run: Run, record: Record) -> None:
+        epoch = run.step // self.per_epoch - 1
         val = {name: record[name] for name in ("loss", "accuracy", "top3_accuracy")}
         is_best = self.history.add(epoch, self.train, val)
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
         self._line(
-            trainer,
+            run,
             f"epoch {epoch + 1}/{self.epochs}  train {_scores(**self.train)}  "
             f"validation {_scores(val['loss'], val['accuracy'])}, top-3 "
             f"{val['top3_accuracy']:.1f} %  {seconds:.1f} s{'  (best)' if is_best else ''}",
         )
-        if is_best and self.on_best is not None and trainer.world.is_main:
+        if is_best and self.on_best is not None and run.world.is_main:
             self.on_best(epoch, val)
 
-    def on_end(self, trainer: Trainer, summary: Summary) -> None:
-        super().on_end(trainer, summary)
+    def on_end(self, run: Run, summary: Summary) -> None:
+        super().on_end(run, summary)
         history = self.history
-        if trainer.stop_reason is not None or summary.signal is not None:
-            self._line(trainer, f"stopped early: {summary.reason}")
+        if run.stop_reason is not None or summary.signal is not None:
+            self._line(run, f"stopped early: {summary.reason}")
         if history.best_epoch >= 0:
             self._line(
-                trainer,
+                run,
                 f"best validation accuracy {history.best_val_acc:.2f} % at epoch "
                 f"{history.best_epoch + 1}",
             )
 
-    def _line(self, trainer: Trainer, line: str) -> None:
+    def _line(self, run: Run, line: str) -> None:
         if not self.quiet:
-            super()._line(trainer, line)
+            super()._line(run, line)
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.history)

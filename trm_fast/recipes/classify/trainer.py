@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.recipes.classify.config import PRESETS, ClassifyConfig
-from trm_fast.recipes.classify.data import EpochBatches, TRMDataModule, checked_batches
+from trm_fast.recipes.classify.data import CheckedLoader, TRMDataModule, checked_batches
 from trm_fast.recipes.classify.loss import ClassifyObjective, TRMLoss
 from trm_fast.recipes.classify.model import TinyRecursiveModel
 from trm_fast.recipes.classify.optimizer import GrokFastOptimizer
 from trm_fast.recipes.classify.report import BEST, EpochReport, History, Scores, finish
 from trm_fast.recipes.recipe import Recipe
-from trm_fast.train import Callback, EarlyStopping, Trainer, TrainerConfig, _files
+from trm_fast.train import Callback, EarlyStopping, EpochBatches, Trainer, TrainerConfig, _files
 from trm_fast.train._rng import fork_rng
 from trm_fast.train.batches import to_device
 from trm_fast.train.distributed import World
@@ -116,8 +116,10 @@ class TRMTrainer:
         )
         self.T, self.n, self.grad_clip = T, n, grad_clip
         self.train_loader, self.val_loader = train_loader, val_loader
-        seed = torch.initial_seed()
-        self.batches = EpochBatches(train_loader, model.output_dim, seed, self.device)
+        self.seed = torch.initial_seed()
+        checked = CheckedLoader(train_loader, model.output_dim)
+        self.per_epoch = len(checked)
+        self.batches = EpochBatches(checked, seed=self.seed)
         self.history = History()
 
     @property
@@ -138,7 +140,7 @@ class TRMTrainer:
             "weight_decay": float(group["weight_decay"]),
             "filter": self.optimizer.filter,
             "complexity_weight": self.criterion.complexity_weight,
-            "seed": self.batches.seed,
+            "seed": self.seed,
         }
 
     def train_epoch(self) -> dict[str, float]:
@@ -151,7 +153,7 @@ class TRMTrainer:
             ValueError, TypeError: a batch cannot be used; the message names the sample.
             NonFiniteError: three updates in a row were skipped, as something was not finite.
         """
-        report = EpochReport(History(), self.epoch + 1, len(self.batches), quiet=True)
+        report = EpochReport(History(), self.epoch + 1, self.per_epoch, quiet=True)
         self._run(self._trainer(self.epoch + 1, [report]))
         return report.train
 
@@ -169,7 +171,7 @@ class TRMTrainer:
         # An iterator of a DataLoader draws a seed, even if nothing is shuffled.
         with evaluating(self.model), fork_rng(self.device), torch.no_grad():
             for batch in checked_batches(self.val_loader, self.model.output_dim):
-                meter.add(objective(self.model, to_device(batch, self.device), 0, 0).metrics)
+                meter.add(objective.result(self.model, to_device(batch, self.device)).metrics)
         found = meter.means()
         if not found:
             raise ValueError("TRMTrainer: val_loader must give at least one batch; got none")
@@ -235,7 +237,7 @@ class TRMTrainer:
         save = None
         if checkpoint_dir is not None:
             save = partial(self.save_checkpoint, Path(checkpoint_dir) / BEST)
-        report = EpochReport(self.history, num_epochs, len(self.batches), save)
+        report = EpochReport(self.history, num_epochs, self.per_epoch, save)
         callbacks = [report, self._stopping(patience)]
         return self._trainer(
             num_epochs,
@@ -265,7 +267,7 @@ class TRMTrainer:
         settings: dict[str, Any] | None = None,
     ) -> Trainer:
         """Returns a ``Trainer`` that goes on from here until so many epochs are done."""
-        per_epoch = len(self.batches)
+        per_epoch = self.per_epoch
         config = TrainerConfig(
             steps=epochs * per_epoch,
             clip_norm=self.grad_clip,
@@ -273,7 +275,7 @@ class TRMTrainer:
             evaluate_every=per_epoch,
             save_every=per_epoch if out else 0,
             monitor=monitor,
-            seed=self.batches.seed % 2**32,
+            seed=self.seed % 2**32,
         )
         trainer = Trainer(
             self.model,
@@ -355,8 +357,9 @@ class TRMTrainer:
         self.T, self.n = chosen["T"], chosen["n"]
         self.criterion.complexity_weight = chosen["complexity_weight"]
         self.history = History(*(found[name] for name in KEYS[4:8]))
-        place = {"seed": chosen["seed"], "epoch": found["epoch"] + 1, "position": 0}
-        self.batches.load_state_dict(place)
+        self.seed = chosen["seed"]
+        self.batches = EpochBatches(self.batches.source, seed=self.seed)
+        self.batches.epoch = found["epoch"] + 1
         return found
 
 

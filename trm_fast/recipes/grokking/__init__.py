@@ -7,7 +7,7 @@ from trm_fast._lazy import exports
 if TYPE_CHECKING:
     from trm_fast.recipes.grokking.config import PRESETS as PRESETS
     from trm_fast.recipes.grokking.config import GrokkingConfig as GrokkingConfig
-    from trm_fast.recipes.grokking.data import EpochBatches as EpochBatches
+    from trm_fast.recipes.grokking.data import PermutedEquations as PermutedEquations
     from trm_fast.recipes.grokking.report import Evaluation as Evaluation
     from trm_fast.recipes.grokking.report import evaluations as evaluations
     from trm_fast.recipes.grokking.report import finish as finish
@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "config": ("PRESETS", "GrokkingConfig"),
-        "data": ("EpochBatches",),
+        "data": ("PermutedEquations",),
         "report": ("Evaluation", "evaluations", "finish"),
         "trainer": ("build", "grokking_epochs"),
     },

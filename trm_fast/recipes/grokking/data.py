@@ -11,8 +11,8 @@ from trm_fast.recipes.grokking.config import GrokkingConfig
 from trm_fast.recipes.grokking.model import Decoder
 
 
-class EpochBatches:
-    """Equations in batches, without end; each epoch permutes the order of the last one.
+class PermutedEquations:
+    """Equations in batches; each epoch permutes the order of the last one.
 
     Args:
         equations: tokens [5, count].
@@ -25,39 +25,22 @@ class EpochBatches:
         self.size = size
         self.generator = generator
         self.order = torch.arange(equations.shape[1])
-        self.position = self.per_epoch
 
-    @property
-    def per_epoch(self) -> int:
-        """Batches in an epoch."""
+    def __len__(self) -> int:
         return -(-self.equations.shape[1] // self.size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        while True:
-            if self.position == self.per_epoch:
-                permutation = torch.randperm(len(self.order), generator=self.generator)
-                self.order, self.position = self.order[permutation], 0
-            batches = self.equations[:, self.order.to(self.equations.device)]
-            for batch in batches.split(self.size, dim=1)[self.position :]:
-                self.position += 1
-                yield batch
-
-    def describe(self) -> str:
-        """Names the last batch."""
-        return f"batch {self.position} of {self.per_epoch} of an epoch"
+        self.order = self.order[torch.randperm(len(self.order), generator=self.generator)]
+        batches = self.equations[:, self.order.to(self.equations.device)]
+        return iter(batches.split(self.size, dim=1))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns order, place in it, and the state of the generator."""
-        return {
-            "order": self.order,
-            "position": self.position,
-            "generator": self.generator.get_state(),
-        }
+        """Returns the order; ``EpochBatches`` knows the generator."""
+        return {"order": self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to the place of a ``state_dict``."""
-        self.order, self.position = state["order"], state["position"]
-        self.generator.set_state(state["generator"])
+        """Goes on from the order of a ``state_dict``."""
+        self.order = state["order"]
 
 
 def model_and_data(

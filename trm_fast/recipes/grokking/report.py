@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trm_fast.recipes.grokking.config import GrokkingConfig
-from trm_fast.train import Callback, Summary, Trainer
-from trm_fast.train.callbacks import Record
+from trm_fast.train import Callback, Record, Run, Summary, Trainer
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
@@ -137,10 +136,10 @@ class Picture(Callback):
         importlib.import_module("matplotlib.figure")
         self.config = config
 
-    def on_end(self, trainer: Trainer, summary: Summary) -> None:
-        history = evaluations(trainer.history)
-        if history and trainer.out is not None and trainer.world.is_main:
-            draw_accuracy(trainer.out / "accuracy.png", history, self.config)
+    def on_end(self, run: Run, summary: Summary) -> None:
+        history = evaluations(run.history)
+        if history and run.out is not None and run.world.is_main:
+            draw_accuracy(run.out / "accuracy.png", history, self.config)
 
 
 def finish(trainer: Trainer, summary: Summary) -> list[str]:

@@ -24,11 +24,19 @@ from trm_fast.optim import GrokFastAdamW, MuGrokfast
 from trm_fast.optim.groups import split_params
 from trm_fast.optim.schedules import warmup_constant
 from trm_fast.recipes.grokking.config import PRESETS, GrokkingConfig
-from trm_fast.recipes.grokking.data import EpochBatches, model_and_data
+from trm_fast.recipes.grokking.data import PermutedEquations, model_and_data
 from trm_fast.recipes.grokking.model import Decoder
 from trm_fast.recipes.grokking.report import Evaluation, Picture, evaluations, finish
 from trm_fast.recipes.recipe import Recipe
-from trm_fast.train import Callback, Progress, StepResult, StopAtTarget, Trainer, TrainerConfig
+from trm_fast.train import (
+    Callback,
+    EpochBatches,
+    Progress,
+    StepResult,
+    StopAtTarget,
+    Trainer,
+    TrainerConfig,
+)
 from trm_fast.train.distributed import World
 from trm_fast.train.meter import Meter
 from trm_fast.train.reports.reading import FILES as REPORT_FILES
@@ -77,18 +85,18 @@ def _epochs(trainer: Trainer) -> Iterator[Evaluation]:
 def _trainer(config: GrokkingConfig, out: str | None, callbacks: Sequence[Callback]) -> Trainer:
     world = World(config.device)
     model, train, validation, generator = model_and_data(config, world.device)
-    batches = EpochBatches(train, config.batch, generator)
+    batches = PermutedEquations(train, config.batch, generator)
     target = StopAtTarget("validation_accuracy", config.target)
     return Trainer(
         model,
         _optimizer(model, config),
-        batches,
+        EpochBatches(batches),
         _objective,
         TrainerConfig(
             steps=config.iterations,
-            log_every=batches.per_epoch,
-            evaluate_every=batches.per_epoch,
-            save_every=config.save_every * batches.per_epoch,
+            log_every=len(batches),
+            evaluate_every=len(batches),
+            save_every=config.save_every * len(batches),
             max_nonfinite=1,
             seed=config.seed,
         ),

@@ -1,26 +1,21 @@
 """``load_run``: the weights of a checkpoint, for a trainer that shall evaluate them."""
 
 import os
-from typing import TYPE_CHECKING
 
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded
-from trm_fast.train.checkpoints.snapshot import _check, _load_model, _load_optimizer
-from trm_fast.train.distributed import sharded_like
-
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
+from trm_fast.train.checkpoints.snapshot import Resumable, check_weights, load_weights
 
 
 def load_run(
-    trainer: "Trainer", directory: str | os.PathLike[str], which: str | int = "latest"
+    run: Resumable, directory: str | os.PathLike[str], which: str | int = "latest"
 ) -> Loaded:
-    """Takes over weights, their average, optimizers and the step from a checkpoint of a run.
+    """Takes over weights, their average, optimizers, step and stage from a checkpoint of a run.
 
     What is read is verified, and compared with the trainer, before anything of it changes. Its
     place in the data and what belongs to the next step stay as they are: the data may be others.
 
     Args:
-        trainer: of the same settings as the run; it need not write there.
+        run: a trainer of the same settings; it need not write there.
         directory: of the run.
         which: "latest", "best" or a step, as for ``Checkpoints.load``.
 
@@ -31,18 +26,12 @@ def load_run(
         ValueError: no checkpoint is whole, or it is of another model or other optimizers.
         OSError: a file cannot be read.
     """
-    own_average = trainer.ema is not None and not trainer.ema.is_of_optimizer
+    own_average = run.ema is not None and not run.ema.is_of_optimizer
     parts = ("model", "optim", "trainer", *(["ema"] if own_average else []))
     loaded = Checkpoints(directory).load(which, parts=parts)
-    state = loaded.state
-    _check(trainer, state)
-    _load_model(trainer.model, state["model"])
-    for index, optimizer in enumerate(trainer.optimizers):
-        _load_optimizer(optimizer, state["optim"][str(index)])
-    if trainer.ema is not None and own_average:
-        average = trainer.ema.average
-        saved = state["ema"]["average"].items()
-        whole = {name: sharded_like(value, average[name]) for name, value in saved}
-        trainer.ema.load_state_dict({**state["ema"], "average": whole})
-    trainer.step = loaded.step
+    check_weights(run, loaded.state)
+    run.curriculum.load_state_dict(loaded.state["trainer"]["curriculum"])
+    run.curriculum.enter_again(run)
+    load_weights(run, loaded.state)
+    run.step = loaded.step
     return loaded

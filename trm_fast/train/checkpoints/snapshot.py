@@ -1,103 +1,155 @@
 """The whole state of a training run, for a checkpoint, and back."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trm_fast.train._extra import ExtraUpdates
+from trm_fast.train._guard import NonFiniteGuard
 from trm_fast.train._rng import generators, set_generators
+from trm_fast.train.callbacks import Callback, by_name
+from trm_fast.train.curriculum import Curriculum
 from trm_fast.train.distributed import sharded_like, whole
+from trm_fast.train.run import Run
+from trm_fast.train.stateful import Stateful
 
-if TYPE_CHECKING:
-    from trm_fast.train.trainer import Trainer
+
+class Resumable(Run, Protocol):
+    """A run with all that a checkpoint holds; a ``Trainer`` is one."""
+
+    callbacks: list[Callback]
+    guard: NonFiniteGuard
+    seconds: float
+    extra: ExtraUpdates
+
+    @property
+    def curriculum(self) -> Curriculum: ...
+
+    @property
+    def scaler(self) -> Stateful | None: ...
 
 
-def snapshot(trainer: "Trainer") -> dict[str, Any]:
+def snapshot(run: Resumable) -> dict[str, Any]:
     """Returns everything that a run needs to go on to the same bits; all processes must call it."""
-    world = trainer.world
+    world = run.world
+    states = {name: part.state_dict() for name, part in by_name(run.callbacks).items()}
     own = {
-        "objective": trainer.objective.state_dict(),
+        "objective": run.objective.state_dict(),
+        "extra": run.extra.state_dict(),
         "generators": generators(world.device),
-        "meter": trainer.meter.state_dict(),
-        "batches": trainer.batches.state_dict(),
+        "meter": run.meter.state_dict(),
+        "batches": run.curriculum.places(),
+        "callbacks": {name: state for name, state in states.items() if state},
+        "buffers": world.own_values(_own_buffers(run)),
     }
     state = {
-        "model": whole(trainer.model.state_dict()),
-        "optim": {str(i): whole(o.state_dict()) for i, o in enumerate(trainer.optimizers)},
+        "model": whole(run.model.state_dict()),
+        "optim": {str(i): whole(o.state_dict()) for i, o in enumerate(run.optimizers)},
         "process": {str(rank): part for rank, part in enumerate(world.collect(own))},
         "trainer": {
-            "step": trainer.step,
-            "seconds": trainer.elapsed(),
+            "step": run.step,
+            "seconds": run.elapsed(),
             "world_size": world.size,
-            "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
-            "schedules": [schedule.state_dict() for schedule in trainer.schedules],
-            "callbacks": [
-                {"name": type(callback).__name__, "state": callback.state_dict()}
-                for callback in _with_state(trainer)
-            ],
-            "guard": trainer.guard.state_dict(),
-            "metrics": dict(trainer.metrics),
-            "evaluated_at": trainer.evaluated_at,
-            "best": dict(trainer.best),
+            "optimizers": [type(optimizer).__name__ for optimizer in run.optimizers],
+            "schedules": [schedule.state_dict() for schedule in run.schedules],
+            "curriculum": run.curriculum.state_dict(),
+            "scaler": None if run.scaler is None else run.scaler.state_dict(),
+            "guard": run.guard.state_dict(),
+            "records": len(run.history),
+            "metrics": dict(run.metrics),
+            "evaluated_at": run.evaluated_at,
+            "best": dict(run.best),
         },
     }
-    if trainer.ema is not None and not trainer.ema.is_of_optimizer:
-        state["ema"] = whole(trainer.ema.state_dict())
+    if run.ema is not None and not run.ema.is_of_optimizer:
+        state["ema"] = whole(run.ema.state_dict())
     return state
 
 
-def restore(trainer: "Trainer", state: dict[str, Any]) -> str | None:
+def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     """Takes over a snapshot.
 
     Returns:
         What could not be taken over because there are other processes now, or None.
 
     Raises:
-        ValueError: the snapshot is of another model, or other optimizers or callbacks.
+        ValueError: the snapshot is of another model, or other optimizers, callbacks or stages.
     """
-    _check(trainer, state)
-    _load_model(trainer.model, state["model"])
-    for index, optimizer in enumerate(trainer.optimizers):
-        _load_optimizer(optimizer, state["optim"][str(index)])
-    if trainer.ema is not None and not trainer.ema.is_of_optimizer:
-        average = trainer.ema.average
-        loaded = {
-            name: sharded_like(value, average[name])
-            for name, value in state["ema"]["average"].items()
-        }
-        trainer.ema.load_state_dict({**state["ema"], "average": loaded})
-    run = state["trainer"]
-    trainer.step, trainer.seconds = run["step"], run["seconds"]
-    for schedule, value in zip(trainer.schedules, run["schedules"], strict=True):
+    saved = state["trainer"]
+    same_world = saved["world_size"] == run.world.size
+    own = state["process"][str(run.world.rank if same_world else 0)]
+    check_weights(run, state)
+    _restore_callbacks(run.callbacks, own["callbacks"])
+    run.curriculum.load_state_dict(saved["curriculum"])
+    run.curriculum.enter_again(run)
+    _require_same("schedules", len(run.schedules), len(saved["schedules"]))
+    load_weights(run, state)
+    for schedule, value in zip(run.schedules, saved["schedules"], strict=True):
         schedule.load_state_dict(value)
-    for callback, value in zip(_with_state(trainer), run["callbacks"], strict=True):
-        callback.load_state_dict(value["state"])
-    trainer.guard.load_state_dict(run["guard"])
-    trainer.metrics, trainer.best = run["metrics"], run["best"]
-    trainer.evaluated_at = run["evaluated_at"]
-    same_world = run["world_size"] == trainer.world.size
-    own = state["process"][str(trainer.world.rank if same_world else 0)]
-    trainer.batches.load_state_dict(own["batches"])
+    if run.scaler is not None and saved["scaler"] is not None:
+        run.scaler.load_state_dict(saved["scaler"])
+    run.guard.load_state_dict(saved["guard"])
+    run.step, run.seconds = saved["step"], saved["seconds"]
+    run.metrics, run.best = saved["metrics"], saved["best"]
+    run.evaluated_at = saved["evaluated_at"]
+    run.curriculum.load_places(own["batches"])
     if not same_world:
         return (
-            f"the checkpoint is of {run['world_size']} processes, now there are "
-            f"{trainer.world.size}: carry and random generators start anew"
+            f"the checkpoint is of {saved['world_size']} processes, now there are "
+            f"{run.world.size}: carry and random generators start anew, and buffers that differ "
+            "are those of the first one"
         )
-    trainer.objective.load_state_dict(own["objective"])
-    trainer.meter.load_state_dict(own["meter"])
-    set_generators(own["generators"], trainer.world.device)
+    buffers = dict(run.model.named_buffers())
+    with torch.no_grad():
+        for name, value in own["buffers"].items():
+            buffers[name].copy_(value)
+    run.objective.load_state_dict(own["objective"])
+    run.extra.load_state_dict(own["extra"])
+    run.meter.load_state_dict(own["meter"])
+    set_generators(own["generators"], run.world.device)
     return None
 
 
-def _with_state(trainer: "Trainer") -> list[Any]:
-    """Returns the callbacks that keep something: the others may differ from run to run."""
-    return [callback for callback in trainer.callbacks if callback.state_dict()]
+def _own_buffers(run: Resumable) -> dict[str, Tensor]:
+    """Returns the buffers that are saved, but for those of optimizers, which move them alike in all
+    processes."""
+    saved = run.model.state_dict().keys()
+    groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
+    moved = {id(param) for group in groups for param in group["params"]}
+    return {
+        name: buffer
+        for name, buffer in run.model.named_buffers()
+        if name in saved and id(buffer) not in moved
+    }
 
 
-def _check(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """Compares what is there with what is needed, before anything is changed."""
-    have, need = state["model"], trainer.model.state_dict()
+def _restore_callbacks(callbacks: list[Callback], states: dict[str, Any]) -> None:
+    """Gives each callback the state of its name."""
+    found = by_name(callbacks)
+    for name, state in states.items():
+        if name not in found:
+            raise ValueError(
+                f"Trainer: the callbacks must be those of the checkpoint, which has a state of "
+                f"{name!r}; got {', '.join(found) or 'none'}"
+            )
+        try:
+            found[name].load_state_dict(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"Trainer: the state of callback {name!r} must be one that it can load; got one "
+                f"with {', '.join(map(str, state))} ({type(error).__name__}: {error})"
+            ) from error
+
+
+def check_weights(run: Run, state: dict[str, Any]) -> None:
+    """Compares model, optimizers and averages with what is needed, before anything is changed.
+
+    Raises:
+        ValueError: they differ.
+    """
+    have, need = state["model"], run.model.state_dict()
     for what, found in (("lacks", need.keys() - have.keys()), ("has", have.keys() - need.keys())):
         if found:
             raise ValueError(
@@ -109,21 +161,23 @@ def _check(trainer: "Trainer", state: dict[str, Any]) -> None:
                 f"Trainer: {name} of the checkpoint must be {_kind(tensor)} as in the model; "
                 f"got {_kind(have[name])}"
             )
-    run = state["trainer"]
-    averages = trainer.ema is not None and not trainer.ema.is_of_optimizer
-    for what, now, saved in (
-        ("optimizers", [type(o).__name__ for o in trainer.optimizers], run["optimizers"]),
-        ("parameters in groups", [_sizes(o.param_groups) for o in trainer.optimizers],
-         [_sizes(saved["param_groups"]) for saved in state["optim"].values()]),
-        ("schedules", len(trainer.schedules), len(run["schedules"])),
-        ("callbacks with a state", [type(c).__name__ for c in _with_state(trainer)],
-         [callback["name"] for callback in run["callbacks"]]),
-        ("averages of weights", int(averages), int("ema" in state)),
-    ):  # fmt: skip
-        if now != saved:
-            raise ValueError(
-                f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {saved}"
-            )
+    averages = run.ema is not None and not run.ema.is_of_optimizer
+    _require_same(
+        "optimizers", [type(o).__name__ for o in run.optimizers], state["trainer"]["optimizers"]
+    )
+    _require_same(
+        "parameters in groups",
+        [_sizes(o.param_groups) for o in run.optimizers],
+        [_sizes(saved["param_groups"]) for saved in state["optim"].values()],
+    )
+    _require_same("averages of weights", int(averages), int("ema" in state))
+
+
+def _require_same(what: str, now: Any, saved: Any) -> None:
+    if now != saved:
+        raise ValueError(
+            f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {saved}"
+        )
 
 
 def _sizes(groups: list[dict[str, Any]]) -> list[int]:
@@ -134,7 +188,20 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _load_model(model: torch.nn.Module, state: dict[str, Any]) -> None:
+def load_weights(run: Run, state: dict[str, Any]) -> None:
+    """Takes over model, optimizers and averages, which ``check_weights`` has compared."""
+    _load_model(run.model, state["model"])
+    for index, optimizer in enumerate(run.optimizers):
+        _load_optimizer(optimizer, state["optim"][str(index)])
+    if run.ema is None or run.ema.is_of_optimizer:
+        return
+    average = run.ema.average
+    saved = state["ema"]["average"].items()
+    loaded = {name: sharded_like(value, average[name]) for name, value in saved}
+    run.ema.load_state_dict({**state["ema"], "average": loaded})
+
+
+def _load_model(model: nn.Module, state: dict[str, Any]) -> None:
     current = model.state_dict()
     model.load_state_dict({name: sharded_like(v, current[name]) for name, v in state.items()})
 

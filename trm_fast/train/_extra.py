@@ -1,0 +1,82 @@
+"""Updates that are no steps: other losses on other batches, between the steps of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trm_fast.train._guard import NonFiniteGuard
+from trm_fast.train._update import Update
+from trm_fast.train.meter import Meter
+from trm_fast.train.objective import Objective
+from trm_fast.train.run import Step
+
+
+class ExtraUpdates:
+    """Takes them, counts them, and keeps the state of their objectives.
+
+    Args:
+        update: of the run.
+        meter: of the run, which takes their metrics.
+        guard: of the run, which takes their verdicts.
+
+    Attributes:
+        count: extra updates so far.
+    """
+
+    def __init__(self, update: Update, meter: Meter, guard: NonFiniteGuard) -> None:
+        self.update, self.meter, self.guard = update, meter, guard
+        self.count = 0
+        self._objectives: dict[str, Objective] = {}
+        self._states: dict[str, Any] = {}  # of a checkpoint, until their objectives come
+
+    def take(
+        self,
+        objective: Objective,
+        batches: Sequence[Any],
+        name: str,
+        clip_norm: float | None,
+        step: int,
+    ) -> Step:
+        """See ``Trainer.extra_update``.
+
+        Args:
+            objective, name: see there.
+            batches: on the device.
+            clip_norm: as for a step.
+            step: of the run.
+        """
+        if not batches:
+            raise ValueError("Trainer: extra_update needs at least one batch; got none")
+        self._know(objective, name)
+        with self.update.set_aside():
+            found = self.update.gradients(objective, batches, self.count + 1, clip_norm)
+            self.update.move(found)
+            self.update.clear()
+        objective.commit(found.finite)
+        for metrics in (*found.metrics, {"loss": (found.loss, 1.0)}):
+            self.meter.add({f"{name}/{key}": value for key, value in metrics.items()})
+        self.count += 1
+        label = f"{name} update {self.count} after step {step}"
+        self.guard.note(found.finite, label, found.overflow)
+        return found
+
+    def _know(self, objective: Objective, name: str) -> None:
+        known = self._objectives.setdefault(name, objective)
+        if type(known) is not type(objective):
+            raise ValueError(
+                f"Trainer: extra_update needs a name for each objective; got {name!r} for "
+                f"{type(known).__name__} and {type(objective).__name__}"
+            )
+        self._objectives[name] = objective
+        if name in self._states:
+            objective.load_state_dict(self._states.pop(name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the count, and the states of the objectives in this process."""
+        states = {name: part.state_dict() for name, part in self._objectives.items()}
+        return {"count": self.count, "objectives": self._states | states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what ``state_dict`` returned; an objective gets its state back when the name
+        comes first."""
+        self.count, self._states = state["count"], dict(state["objectives"])
+        self._objectives.clear()

@@ -1,0 +1,71 @@
+"""What a run says of the updates since it last said something: means, pace, what callbacks add."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from trm_fast.train.callbacks import Callback
+from trm_fast.train.meter import Meter
+from trm_fast.train.run import Record
+
+Reduce = Callable[[Tensor], None] | None
+
+
+class Interval:
+    """The updates between two records.
+
+    Args:
+        step: updates of the run when it begins.
+        seconds: wall time of the run when it begins.
+    """
+
+    def __init__(self, step: int = 0, seconds: float = 0.0) -> None:
+        self.step, self.seconds = step, seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leaves some time out: it does not belong to the pace of the updates."""
+        self.seconds += seconds
+
+    def record(self, step: int, seconds: float, numbers: Mapping[str, float], lr: float) -> Record:
+        """Returns the record of the interval, which ends now; the next one begins.
+
+        Args:
+            step: updates of the run.
+            seconds: wall time of the run.
+            numbers: means over the interval.
+            lr: learning rate of the first group.
+        """
+        updates, taken = step - self.step, seconds - self.seconds
+        pace = updates / taken if taken > 0 else math.nan
+        self.step, self.seconds = step, seconds
+        start: Record = {"kind": "train", "step": step, "seconds": round(seconds, 3)}
+        return {**start, **numbers, "lr": lr, "steps_per_second": round(pace, 3)}
+
+
+def add_metrics(
+    record: Record, callbacks: Mapping[str, Callback], meter: Meter, reduce: Reduce
+) -> None:
+    """Adds the metrics of callbacks to a record, under their own names.
+
+    Args:
+        record: is changed.
+        callbacks: by name.
+        meter: an empty one.
+        reduce: as for ``Meter.means``.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+    owners = dict.fromkeys(record, "the trainer")
+    for name, callback in callbacks.items():
+        found = callback.metrics()
+        for key in found:
+            if key in owners:
+                raise ValueError(
+                    f"Trainer: metrics must have names of their own; got {key!r} from "
+                    f"{owners[key]} and from callback {name}"
+                )
+            owners[key] = f"callback {name}"
+        meter.add(found)
+    record |= meter.means(reduce)
