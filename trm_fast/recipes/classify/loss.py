@@ -56,6 +56,18 @@ class TRMLoss(nn.Module):
                 )
         self.register_buffer("class_weights", weights)
 
+    def check_classes(self, owner: str, classes: int) -> None:
+        """Checks that there is a weight for each class, if there are any.
+
+        Raises:
+            ValueError: there are more or fewer.
+        """
+        if self.class_weights is not None and len(self.class_weights) != classes:
+            raise ValueError(
+                f"{owner}: class_weights must be {classes} numbers, one for each class; got "
+                f"{len(self.class_weights)}"
+            )
+
     def forward(
         self,
         logits: Tensor,

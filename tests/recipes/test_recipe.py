@@ -1,0 +1,220 @@
+"""What a recipe declares: refused where it is wrong, and obeyed by the command line."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trm_fast.cli import main
+from trm_fast.cli import train as command
+from trm_fast.recipes import Listing
+from trm_fast.recipes.recipe import Recipe, trainer_settings
+from trm_fast.recipes.running import train
+from trm_fast.recipes.settings import to_json
+from trm_fast.train import Callback, Trainer, TrainerConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """A line through points.
+
+    Args:
+        max_steps: updates of the weights.
+        lr: learning rate.
+        models: how many are trained.
+        seed: of the weights.
+        out: directory of the run.
+        train: settings of the trainer.
+    """
+
+    max_steps: int = 4
+    lr: float = 0.1
+    models: int = 1
+    seed: int = 0
+    out: str = ""
+    train: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+class Signal(Callback):
+    """Interrupts the run after a step."""
+
+    at: int | None = None
+
+    def on_step(self, run, step):
+        if run.step == Signal.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def no_signal():
+    yield
+    Signal.at = None
+
+
+def build(config):
+    torch.manual_seed(config.seed)
+    model = torch.nn.Linear(1, 1)
+    config_of_run = replace(config.train, steps=config.max_steps, save_every=1, log_every=1)
+    return Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=config.lr),
+        [torch.tensor([[1.0], [2.0]])],
+        lambda model, batch: (model(batch) - 3.0).square().mean(),
+        config_of_run,
+        callbacks=[Signal()],
+        out=config.out or "runs/line",
+        device="cpu",
+        name="line",
+        settings=to_json(config),
+    )
+
+
+def runs(config):
+    return {f"model-{i}": replace(config, models=1, seed=i) for i in range(config.models)}
+
+
+DECLARED = {
+    "name": "line",
+    "presets": {"default": Config()},
+    "build": build,
+    "finish": lambda trainer, summary: [f"{trainer.out.name}: step {summary.step}"],
+    "length": "max_steps",
+    "may_change": (*trainer_settings("train"), "out"),
+}
+LINE = Recipe(**DECLARED)
+SEVERAL = Recipe(
+    **DECLARED, runs=runs, compare=lambda found: [f"{name}!" for name in found]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("length", "steps"),
+        ("may_change", ("lrs",)),
+        ("evaluation", {"tracker": "none"}),
+        ("data", "data.path"),
+        ("all_data", {"data.train": 0}),
+    ],
+)
+def test_a_declared_setting_that_is_not_there_is_named_with_those_that_are(argument, value):
+    wrong = value if isinstance(value, str) else next(iter(value))
+    message = (
+        rf"Recipe 'line': {argument} must name settings of Config; got '{wrong}', not among "
+        "max_steps, lr, models, seed, out, train.steps"
+    )
+    with pytest.raises(ValueError, match=message):
+        Recipe(**{**DECLARED, argument: value})
+
+
+def test_the_directory_of_several_runs_must_be_a_setting():
+    with pytest.raises(ValueError, match="directory must name settings of Config; got 'folder'"):
+        Recipe(**DECLARED, runs=runs, directory="folder")
+
+
+def test_presets_are_of_one_class():
+    with pytest.raises(TypeError, match="of one dataclass, Config; got TrainerConfig for 'other'"):
+        Recipe(**{**DECLARED, "presets": {"default": Config(), "other": TrainerConfig()}})
+    with pytest.raises(ValueError, match="presets must have at least one; got none"):
+        Recipe(**{**DECLARED, "presets": {}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_steps": 80, "out": "elsewhere"}, {}),
+        ({"train": TrainerConfig(log_every=3)}, {}),
+        ({"lr": 1.0}, {"lr": (0.1, 1.0)}),
+        ({"train": TrainerConfig(accumulate=2)}, {"train.accumulate": (1, 2)}),
+    ],
+)
+def test_what_a_resume_may_not_change(changes, expected):
+    assert LINE.changes(Config(), replace(Config(), **changes)) == expected
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Lets the command line know a recipe."""
+
+    def add(recipe):
+        listing = Listing("Fits a line.", "line")
+        monkeypatch.setattr(command, "RECIPES", {"line": listing})
+        monkeypatch.setattr(command, "load", lambda name: recipe)
+
+    return add
+
+
+def test_the_length_of_a_new_recipe_can_be_raised_on_resume(tmp_path, listed, capsys):
+    listed(LINE)
+    out = str(tmp_path / "run")
+    assert main(["train", "line", "--out", out]) == 0
+    assert main(["train", "line", "--out", out, "--resume", "--max_steps", "8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "run: step 8"
+    assert main(["train", "line", "--out", out, "--resume", "--lr", "1"]) == 2
+    assert "lr must be 0.1 as in the run that is resumed; got 1.0" in capsys.readouterr().err
+
+
+def weights(directory):
+    newest = sorted((directory / "ckpt").glob("step-*"))[-1]
+    return (newest / "model.safetensors").read_bytes()
+
+
+def test_several_runs_are_trained_below_one_directory(tmp_path, capsys):
+    assert train(SEVERAL, Config(models=3, out=str(tmp_path))) == 0
+    lines = [f"model-{i}: step 4" for i in range(3)] + [f"model-{i}!" for i in range(3)]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert json.loads((tmp_path / "run.json").read_text())["runs"] == [
+        "model-0", "model-1", "model-2",
+    ]  # fmt: skip
+    alone = replace(Config(), seed=2, out=str(tmp_path / "alone"))
+    assert train(LINE, alone) == 0
+    assert weights(tmp_path / "alone") == weights(tmp_path / "model-2")
+
+
+def test_an_interrupted_series_goes_on_to_the_same_bits(tmp_path, listed, capsys):
+    assert train(SEVERAL, Config(models=3, out=str(tmp_path / "whole"))) == 0
+    listed(SEVERAL)
+    out = str(tmp_path / "again")
+    Signal.at = 2
+    assert main(["train", "line", "--models", "3", "--out", out]) == 128 + signal.SIGINT
+    assert f"go on: trm-fast train line --out {out} --resume" in capsys.readouterr().out
+    assert not (tmp_path / "again" / "model-1").exists()
+    Signal.at = None
+    assert main(["train", "line", "--out", out, "--resume"]) == 0
+    for name in ("model-0", "model-1", "model-2"):
+        assert weights(tmp_path / "again" / name) == weights(tmp_path / "whole" / name)
+
+
+def test_a_directory_with_runs_is_not_written_over_unasked(tmp_path):
+    config = Config(models=2, out=str(tmp_path))
+    assert train(SEVERAL, config) == 0
+    with pytest.raises(FileExistsError, match="train line: out must be a directory without runs"):
+        train(SEVERAL, config)
+    assert train(SEVERAL, config, overwrite=True) == 0
+
+
+def test_settings_that_stand_for_one_run_are_one_run(tmp_path, capsys):
+    assert train(SEVERAL, Config(models=1, out=str(tmp_path / "run"))) == 0
+    assert capsys.readouterr().out.splitlines() == ["run: step 4"]
+
+
+def test_own_commands_are_run_by_the_command_line(monkeypatch, capsys):
+    import sys
+
+    from trm_fast.cli import _own_commands
+
+    module = SimpleNamespace(
+        HELP="Counts.",
+        add_arguments=lambda parser: parser.add_argument("--to", type=int),
+        run=lambda args: args.to,
+    )
+    monkeypatch.setitem(sys.modules, "line_command", module)
+    listing = Listing("Fits a line.", "line", commands={"bench": "line_command"})
+    monkeypatch.setattr(_own_commands, "RECIPES", {"line": listing})
+    assert main(["bench", "line", "--to", "7"]) == 7
+    assert main(["bench"]) == 2
+    assert "bench: name a recipe; choose from line" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""``.pt`` files of tensors and plain values, which execute nothing when they are read."""
+
+import io
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trm_fast.train import _files
+
+
+def write_pt(owner: str, path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file: after a crash it is as before or complete.
+
+    Args:
+        owner: begins the messages.
+        path: the file; missing parents are made.
+        values: tensors, plain values, and dicts and lists of them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(values), buffer)
+    with _files.explained(owner, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _files.replace(path, buffer.getvalue())
+
+
+def read_pt(
+    owner: str, path: Path, keys: Sequence[str], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Reads a file of ``write_pt``.
+
+    Args:
+        owner: begins the messages.
+        path: the file.
+        keys: those that it must have.
+        device: where the tensors shall be.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else, or a key is missing.
+    """
+    wanted = f"{owner}: {path} must be a file of save_checkpoint"
+    with _files.explained(owner, path):
+        data = path.read_bytes()
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        raise ValueError(f"{wanted}; got something else")
+    try:
+        found = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
+        raise ValueError(f"{wanted}; got one that torch.load refuses") from error
+    if not isinstance(found, dict) or not found.keys() >= {*keys}:
+        lacking = ", ".join(sorted({*keys} - {*found})) if isinstance(found, dict) else "all keys"
+        raise ValueError(f"{wanted}; got one without {lacking}")
+    return found
+
+
+def check_model(owner: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Compares the shapes of a state dict with those of a model.
+
+    Raises:
+        ValueError: they differ; the line names the first tensor that does.
+    """
+    have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    came = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted({*have, *came}):
+        if have.get(name) != came.get(name):
+            raise ValueError(
+                f"{owner}: a checkpoint must be of the same model, with {name} "
+                f"{have.get(name)}; got {came.get(name)}"
+            )
