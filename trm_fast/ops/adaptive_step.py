@@ -337,11 +337,8 @@ _STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 def _state_names(settings: Settings) -> tuple[str, ...]:
     of_rules = {"sgd": ("exp_avg",), "momentum": ("exp_avg",), "filter": ()}
     names = of_rules.get(settings.rule, ("exp_avg", "exp_avg_sq", "weight_ema"))
-    return (
-        (*names, "grok_exp_avg", "grok_ring")
-        if settings.filter == "ma"
-        else (*names, "grok_exp_avg")
-    )
+    rings = ("grok_ring",) if settings.windowed else ()
+    return (*names, "grok_exp_avg", *rings)
 
 
 _op = Op(
