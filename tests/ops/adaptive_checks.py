@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from trm_fast.ops import Settings, adaptive_step_
+from trm_fast.ops import AdaptiveStep, Settings, States, adaptive_step_
 
 from .adaptive_truth import STATES, Item, allowed, stored, truth
 
@@ -82,6 +82,12 @@ def lists_of(items: Iterable[Item]) -> list[list[Tensor]]:
     """The tensors in the order of the arguments; a list is empty where no item has one."""
     items = list(items)
     return [[item[name] for item in items if name in item] for name in LISTS]
+
+
+def kept_step(item: Item, backend: str) -> AdaptiveStep:
+    """The checked step of one tensor, which can be taken again with other gradients."""
+    params, grads, *states = lists_of([item])
+    return AdaptiveStep(params, grads, States(*states), backend=backend)
 
 
 def assert_right(before: Item, after: Item, settings: Settings) -> None:

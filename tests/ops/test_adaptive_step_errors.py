@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import BackendError
-from trm_fast.ops import AdaptiveStep, Settings, adaptive_step_
+from trm_fast.ops import Settings, adaptive_step_
 from trm_fast.ops._adaptive_filters import FILTERS, REDUCING, WINDOWED
 
 from .adaptive_checks import (
@@ -17,6 +17,7 @@ from .adaptive_checks import (
     assert_step,
     bits,
     copies,
+    kept_step,
     lists_of,
     make,
     run,
@@ -307,7 +308,7 @@ def test_a_ring_is_refused_for_another_filter(backend, device, filter_):
 @pytest.mark.parametrize("filter_", REDUCING)
 def test_a_kept_step_wants_its_sums_first(backend, device, filter_):
     item = make((4, 6), device=device)
-    step = AdaptiveStep(*lists_of([item]), backend=backend)
+    step = kept_step(item, backend)
     with pytest.raises(ValueError, match="adaptive_step_: sums must be measured before the step"):
         step([item["grad"]], Settings(1e-2, filter=filter_, lamb=2.0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trm_fast.ops import AdaptiveStep, Settings
+from trm_fast.ops import Settings
 from trm_fast.ops._adaptive_filters import REDUCING, WINDOWED
 
 from .adaptive_checks import (
@@ -18,7 +18,7 @@ from .adaptive_checks import (
     bits,
     copies,
     fitted,
-    lists_of,
+    kept_step,
     make,
     run,
     without,
@@ -338,7 +338,7 @@ def test_sums_that_were_measured_are_used_as_they_are(backend, device, filter_):
     """A sharded tensor takes the sums of all its parts from whoever has added them up."""
     whole = make((900,), device=device)
     item = {k: t[:300].clone() if t.dim() else t.clone() for k, t in whole.items()}
-    step = AdaptiveStep(*lists_of([item]), backend=backend)
+    step = kept_step(item, backend)
     sums = step.measure([item["grad"]])
     # The gradients and means of the two other parts.
     for part in (slice(300, 600), slice(600, 900)):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trm_fast.ops import AdaptiveStep, Settings
+from trm_fast.ops import Settings
 
 from .adaptive_checks import (
     Arena,
@@ -11,7 +11,7 @@ from .adaptive_checks import (
     assert_step,
     bits,
     copies,
-    lists_of,
+    kept_step,
     make,
     run,
     strides_of,
@@ -192,10 +192,6 @@ def test_steps_repeat_bit_for_bit(backend, device):
             run([item], settings_with(), backend)
         results.append(item)
     assert_same_bits(*results)
-
-
-def kept_step(item: Item, backend: str) -> AdaptiveStep:
-    return AdaptiveStep(*lists_of([item]), backend=backend)
 
 
 def test_a_kept_step_takes_the_gradients_of_each_call(backend, device):

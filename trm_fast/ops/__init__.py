@@ -3,7 +3,7 @@
 from trm_fast._dispatch import OPS, backends
 from trm_fast.ops._adaptive_filters import FILTERS, Filter
 from trm_fast.ops._adaptive_settings import RULES, Settings
-from trm_fast.ops._adaptive_tensors import AdaptiveStep
+from trm_fast.ops._adaptive_tensors import AdaptiveStep, States
 from trm_fast.ops._latent_arguments import Network
 from trm_fast.ops.adaptive_step import adaptive_step_
 from trm_fast.ops.filter_sums import FilterSums, filter_sums
@@ -25,6 +25,7 @@ __all__ = [
     "FilterSums",
     "Network",
     "Settings",
+    "States",
     "TokenLoss",
     "adaptive_step_",
     "backends",

@@ -33,6 +33,19 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class States(NamedTuple):
+    """The state tensors of a step: each list has one for each parameter, or none at all. Their
+    meaning is that of the arguments of ``adaptive_step_``, which have this order."""
+
+    exp_avgs: Sequence[Tensor] = ()
+    exp_avg_sqs: Sequence[Tensor] = ()
+    steps: Sequence[Tensor] = ()
+    grok_exp_avgs: Sequence[Tensor] = ()
+    grok_steps: Sequence[Tensor] = ()
+    weight_emas: Sequence[Tensor] = ()
+    grok_rings: Sequence[Tensor] = ()
+
+
 class AdaptiveStep:
     """The tensors of a step, checked once and kept; called with the gradients of each step.
 
@@ -45,40 +58,33 @@ class AdaptiveStep:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        steps: Sequence[Tensor],
-        grok_exp_avgs: Sequence[Tensor] = (),
-        grok_steps: Sequence[Tensor] = (),
-        weight_emas: Sequence[Tensor] = (),
-        grok_rings: Sequence[Tensor] = (),
+        states: States,
         *,
         backend: str | None = None,
     ) -> None:
         self.params = params
-        self.rings = grok_rings
+        self.rings = states.grok_rings
         self.states = {
-            "exp_avg": exp_avgs,
-            "exp_avg_sq": exp_avg_sqs,
-            "grok_exp_avg": grok_exp_avgs,
-            "weight_ema": weight_emas,
+            "exp_avg": states.exp_avgs,
+            "exp_avg_sq": states.exp_avg_sqs,
+            "grok_exp_avg": states.grok_exp_avgs,
+            "weight_ema": states.weight_emas,
         }
-        self.counters = {"step": steps, "grok_step": grok_steps}
-        _check_tensors(params, grads, self.states, self.counters, grok_rings)
+        self.counters = {"step": states.steps, "grok_step": states.grok_steps}
+        _check_tensors(params, grads, self.states, self.counters, self.rings)
         self.device = params[0].device if params else torch.device("cpu")
-        floating = (*params, *grads, *chain(*self.states.values()), *grok_rings)
+        floating = (*params, *grads, *chain(*self.states.values()), *self.rings)
         self._kinds = frozenset(tensor.dtype for tensor in floating)
         self._backend = backend
         self.choice = self._choose(None)  # that of the last mode, once there was one
         self._choices: dict[Mode, Choice] = {}  # of the modes that were checked
         self._filter_sums: dict[bool, FilterSums] = {}  # with means, and without
-        # Whoever exchanges the memory of states (`.data`) exchanges that of all, so one tells; the
-        # memory that is not looked at each time stays valid.
-        self._watched = exp_avgs or grok_exp_avgs or weight_emas or steps
-        unwatched = (
-            exp_avgs, exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas, grok_rings
-        )  # fmt: skip
-        self._kept = [tensor.untyped_storage() for tensor in chain(*unwatched)]
+        # State memory is only ever swapped as a whole (by `.data`), so watching one list is enough;
+        # the storages are kept, so that their addresses stay valid.
+        self._watched = (
+            states.exp_avgs or states.grok_exp_avgs or states.weight_emas or states.steps
+        )
+        self._kept = [tensor.untyped_storage() for tensor in chain(*states)]
         self._dtypes = list(map(_dtype, grads))
         self._negated = any(map(Tensor.is_neg, grads))
         self._contiguous = all(map(Tensor.is_contiguous, params))

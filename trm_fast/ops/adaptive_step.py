@@ -48,6 +48,7 @@ C. Wellons' hash-prospector.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ from trm_fast import _native
 from trm_fast._dispatch import Call, Example, Op
 from trm_fast.ops._adaptive_filters import FILTERS, exponential_average, moving_average
 from trm_fast.ops._adaptive_settings import NATIVE_SCHEMA, RULES, SCHEMA, Settings, Vocabulary
-from trm_fast.ops._adaptive_tensors import AdaptiveStep
+from trm_fast.ops._adaptive_tensors import AdaptiveStep, States
 from trm_fast.ops._stochastic_rounding import write
 from trm_fast.ops.filter_sums import sums_of
 
@@ -104,23 +105,23 @@ def adaptive_step_(
         TypeError: a dtype or layout is not supported.
         BackendError: the named backend cannot run the call.
     """
-    lists = (
-        params, grads, exp_avgs, exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas,
-        grok_rings,
-    )  # fmt: skip
+    states = States(
+        exp_avgs, exp_avg_sqs, steps, grok_exp_avgs, grok_steps, weight_emas, grok_rings
+    )
     if not params and not grads:
         return
     if torch.compiler.is_compiling():
         device = params[0].device
+        lists = map(list, (params, grads, *states))
         modes, scalars = (settings.rule, settings.filter), settings.arguments(device)
-        torch.ops.trm_fast.adaptive_step_(*map(list, lists), *modes, *scalars, backend)
+        torch.ops.trm_fast.adaptive_step_(*lists, *modes, *scalars, backend)
         return
     with torch.no_grad():
-        step = AdaptiveStep(*lists, backend=backend)
+        step = AdaptiveStep(params, grads, states, backend=backend)
         if settings.reduces:
             step.measure(grads)
         step(grads, settings)
-    torch.autograd.graph.increment_version([t for tensors in lists[2:] for t in tensors])
+    torch.autograd.graph.increment_version(list(chain(*states)))
 
 
 # What torch.compile and other users of the dispatcher see.
@@ -311,11 +312,11 @@ def _example(
         own = {name: value.to(real or value.dtype, copy=True) for name, value in inputs.items()}
         counters = [torch.full((), 9.0, device=device) for _ in range(2)]
         lists = {name: [own[name]] if name in names else [] for name in (*_STATES, "grok_ring")}
-        step = AdaptiveStep(
-            [own["param"]], [own["grad"]], lists["exp_avg"], lists["exp_avg_sq"], [counters[0]],
+        states = States(
+            lists["exp_avg"], lists["exp_avg_sq"], [counters[0]],
             lists["grok_exp_avg"], [counters[1]], lists["weight_ema"], lists["grok_ring"],
-            backend=backend,
         )  # fmt: skip
+        step = AdaptiveStep([own["param"]], [own["grad"]], states, backend=backend)
 
         def call() -> None:
             if settings.reduces:

@@ -1,9 +1,8 @@
-"""What every optimizer on ``ops.adaptive_step`` shares: state, cached steps, saving and loading."""
+"""What every optimizer on ``ops.adaptive_step`` shares: its step, its states, saving, loading."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,35 +10,24 @@ from torch.optim.optimizer import Optimizer
 
 from trm_fast._dispatch import check_name
 from trm_fast.ops import FILTERS, Settings
-from trm_fast.optim._group_step import CompiledStep, FilterStatistics, GroupStep, statistics_of
-from trm_fast.optim._plan import Keys, Plan, is_plain, local_grad, parts
+from trm_fast.optim._closure import evaluate
+from trm_fast.optim._local import is_plain
+from trm_fast.optim._plan import CompiledStep, GroupStep, Options, Plan, StepSpec
 from trm_fast.optim._states import (
-    ALL,
-    COUNTERS,
-    RING,
-    SUM,
+    MEAN_KEYS,
+    WINDOW_KEYS,
     Group,
+    Keys,
     State,
+    StateKeeper,
+    check_loaded,
     check_state_dtypes,
-    check_window,
-    may_change,
-    new_state,
-    remember_loaded,
-    suited,
+    is_capturing,
+    parts,
 )
+from trm_fast.optim._statistics import FilterStatistics, statistics_of
+from trm_fast.optim._step_cache import StepCache, check_grad
 from trm_fast.optim.options import FILTER_OPTIONS
-
-_MEAN = {"grok_exp_avg": "grok_exp_avg", "grok_step": "grok_step"}
-_WINDOW = {"grok_exp_avg": SUM, "grok_step": "grok_step", "grok_ring": RING}
-
-
-class Checked(NamedTuple):
-    """What the options of a group say: the settings of its step, the state behind each argument of
-    the op, and the states that must exist."""
-
-    settings: Settings
-    keys: Keys
-    needed: tuple[str, ...]
 
 
 class AdaptiveOptimizer(Optimizer):
@@ -72,14 +60,18 @@ class AdaptiveOptimizer(Optimizer):
         self._backend = None if backend is None else check_name(backend)
         self._state_dtypes = check_state_dtypes(name, state_dtype)
         self.clip_norm = clip_norm
-        # Not an attribute of its own: a compiled step keeps what it writes to a dict only.
-        self._norm: dict[str, Tensor | None] = {"found": None}
-        self._plans: dict[int, Plan] = {}
-        self._checked: dict[int, tuple[tuple[Any, ...], Checked]] = {}
-        self._known: list[State] = []
-        self._loading: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # while a state dict is being loaded
+        self._start_anew()
         _check_clip_norm(name, clip_norm, defaults["differentiable"])
         super().__init__(params, defaults)
+
+    def _start_anew(self) -> None:
+        """Creates what no copy and no state dict takes along."""
+        name = type(self).__name__
+        self._keeper = StateKeeper(name, self._state_dtypes)
+        self._cache = StepCache(self._keeper, name)
+        # In a dict, because torch.compile drops attribute writes made inside the graph.
+        self._norm: dict[str, Tensor | None] = {"found": None}
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -118,20 +110,19 @@ class AdaptiveOptimizer(Optimizer):
         """Returns the state behind each argument of the op."""
         keys = {**self._moments_of(group), "step": "step"}
         if group["filter"] is not None:
-            keys |= _WINDOW if group["filter"] == "ma" else _MEAN
+            keys |= WINDOW_KEYS if group["filter"] == "ma" else MEAN_KEYS
         return keys | ({} if group["weight_ema"] is None else {"weight_ema": "weight_ema"})
 
-    def _check(self, group: Group) -> Checked:
+    def _options(self, group: Group) -> Options:
+        """Returns what the options of ``group`` say; checks them."""
         settings, keys = self._settings(group), self._state_keys(group)
         if group["filter"] == "ma":
-            # A step that is planned reads the window off the ring.
-            for ring in (self.state.get(param, {}).get(RING) for param in group["params"]):
-                if ring is not None:
-                    check_window(type(self).__name__, ring, group["window"])
+            # A step with a plan reads the window off the ring.
+            self._keeper.check_windows(self.state, group)
         # A lamb of 0 needs no filter state; one that exists goes on.
         filtering = isinstance(settings.lamb, Tensor) or settings.lamb != 0
         needed = (key for slot, key in keys.items() if filtering or not slot.startswith("grok"))
-        return Checked(settings, keys, tuple(needed))
+        return Options(settings, StepSpec(keys, tuple(needed), self._named_backend(group), Plan))
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group, as ``torch.optim`` does, and creates the state of its trainable parameters.
@@ -143,7 +134,7 @@ class AdaptiveOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            needed = self._check(group).needed
+            needed = self._options(group).spec.needed
             for param in group["params"]:
                 self._check_param(param, group)
         except BaseException:
@@ -152,7 +143,7 @@ class AdaptiveOptimizer(Optimizer):
         # Not at the first step: checkpoint tools would invent gradients for one to learn the keys.
         for param in group["params"]:
             if param.requires_grad:
-                self._complete_state(param, group, needed)
+                self._keeper.complete(self.state, param, needed, group["window"])
 
     def _check_param(self, param: Tensor, group: Group) -> None:
         """Raises for a parameter that the optimizer cannot step."""
@@ -179,117 +170,69 @@ class AdaptiveOptimizer(Optimizer):
                 stepped.
             BackendError: the named backend cannot run the call.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if not torch.compiler.is_compiling():
-                self._notice_replaced_states()
-            # Every group is checked before the first one moves.
-            prepared = [self._prepared(i, group) for i, group in enumerate(self.param_groups)]
-            calls = [call for call in prepared if call is not None]
-            measured = self._measure(calls)
-            if self.clip_norm is not None:
-                self._clip(calls, measured)
-            for call in calls:
-                call()
+            for step in self._ready_steps():
+                step()
         return loss
 
-    def _notice_replaced_states(self) -> None:
-        states = self.state.values()
-        if len(states) != len(self._known) or not all(map(is_, states, self._known)):
-            self._plans.clear()
-            self._known = list(states)
+    def _ready_steps(self) -> list[GroupStep | CompiledStep]:
+        """Returns the steps of all groups, of which none is taken before every one is checked."""
+        if not torch.compiler.is_compiling():
+            self._cache.forget_replaced_states(self.state.values())
+        found = [self._group_step(i, group) for i, group in enumerate(self.param_groups)]
+        steps = [step for step in found if step is not None]
+        sums = self._measure(steps)
+        if self.clip_norm is not None:
+            self._clip(steps, sums)
+        return steps
 
-    def _prepared(self, index: int, group: Group) -> GroupStep | CompiledStep | None:
-        """Returns the step of one group, checked and ready to be taken."""
+    def _group_step(self, index: int, group: Group) -> GroupStep | CompiledStep | None:
+        """Returns the step of one group, checked; None if it has no gradients."""
         params, grads = group["params"], [param.grad for param in group["params"]]
         if type(None) in map(type, grads):
             params = [param for param in params if param.grad is not None]
             grads = [grad for grad in grads if grad is not None]
         compiling = torch.compiler.is_compiling()
-        settings, keys, needed = (
-            self._check(group) if compiling else self._checked_options(index, group)
+        options = (
+            self._options(group) if compiling else self._cache.options(index, group, self._options)
         )
-        settings.scale("grad_scale", getattr(self, "grad_scale", None))
-        settings.scale("found_inf", getattr(self, "found_inf", None))
-        settings.scale("clip", None)  # that of the last step
+        options.settings.scale("grad_scale", getattr(self, "grad_scale", None))
+        options.settings.scale("found_inf", getattr(self, "found_inf", None))
+        options.settings.scale("clip", None)  # that of the last step
         if compiling:
-            return self._compiled(group, keys, needed, params, grads, settings)
-        if _is_capturing():
+            return self._compiled_step(group, options, params, grads)
+        if is_capturing():
             _check_capture(type(self).__name__, group)
         if not params:
             return None
-        plan = self._plans.get(index)
-        if plan is None or not plan.plain:
-            grads = list(map(local_grad, grads, params))
-        fixed = self._fixed(group)
-        if plan is None or not plan.holds(keys, needed, params, grads, fixed):
-            grads = list(map(local_grad, grads, params))
-            for param, grad in zip(params, grads, strict=True):
-                _check_grad(type(self).__name__, param, grad)
-            states = [self._complete_state(param, group, needed) for param in params]
-            plan = self._plans[index] = self._plan(keys, needed, params, grads, states, fixed)
-        plan.admit(settings)
-        return GroupStep(plan, grads, settings)
+        return self._cache.step(index, group["window"], options, params, grads, self.state)
 
-    def _fixed(self, group: Group) -> tuple[Any, ...]:
-        """Returns what a plan is made for beside its tensors: the named backend and more."""
-        return (self._named_backend(group),)
-
-    def _plan(
-        self,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        fixed: tuple[Any, ...],
-    ) -> Plan:
-        """Returns the step of these tensors, which is kept as long as it holds."""
-        return Plan(keys, needed, params, grads, states, fixed)
-
-    def _checked_options(self, index: int, group: Group) -> Checked:
-        """Returns what the options of ``group`` say; looks at them again only if one was set."""
-        options, found = self._checked.get(index, ((), None))
-        unchanged = len(options) == len(group) and all(map(is_, options, group.values()))
-        if found is None or not unchanged:
-            found = self._check(group)
-            looked_at = [option for name, option in group.items() if name not in _LISTS]
-            if not any(map(may_change, looked_at)):
-                self._checked[index] = tuple(group.values()), found
-        return found
-
-    def _compiled(
-        self,
-        group: Group,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        settings: Settings,
+    def _compiled_step(
+        self, group: Group, options: Options, params: list[Tensor], grads: list[Tensor]
     ) -> CompiledStep:
         """Returns the step through the dispatcher, where the compiler sees what it writes."""
+        name = type(self).__name__
         for param, grad in zip(params, grads, strict=True):
-            _check_grad(type(self).__name__, param, grad)
+            check_grad(name, param, grad)
             if not is_plain(param):
                 raise TypeError(
-                    f"{type(self).__name__}: parameters of a compiled step must be plain real "
-                    f"tensors; got {type(param).__name__} {param.dtype}: leave step() uncompiled"
+                    f"{name}: parameters of a compiled step must be plain real tensors; got "
+                    f"{type(param).__name__} {param.dtype}: leave step() uncompiled"
                 )
-        states = [self._complete_state(param, group, needed) for param in params]
-        return CompiledStep(keys, params, grads, states, settings, self._named_backend(group))
+        needed, window = options.spec.needed, group["window"]
+        states = [self._keeper.complete(self.state, p, needed, window) for p in params]
+        return options.spec.plan.compiled(options, params, grads, states)
 
-    def _measure(self, calls: list[GroupStep | CompiledStep]) -> list[Tensor]:
-        """Takes the sums that a filter or the clipping needs, before the first group moves."""
+    def _measure(self, steps: list[GroupStep | CompiledStep]) -> list[Tensor]:
+        """Returns the sums that a filter or the clipping needs."""
         clipping = self.clip_norm is not None
-        if not clipping and not any(call.settings.reduces for call in calls):
+        if not clipping and not any(step.settings.reduces for step in steps):
             return []
-        wanted = [call.measure() for call in calls if clipping or call.settings.reduces]
+        wanted = [step.measure() for step in steps if clipping or step.settings.reduces]
         return list(chain.from_iterable(wanted))
 
-    def _clip(self, calls: list[GroupStep | CompiledStep], measured: list[Tensor]) -> None:
+    def _clip(self, steps: list[GroupStep | CompiledStep], measured: list[Tensor]) -> None:
         """Lets every group scale its gradients down to the norm that is allowed."""
         largest = _check_clip_norm(
             type(self).__name__, self.clip_norm, self.defaults["differentiable"]
@@ -300,14 +243,14 @@ class AdaptiveOptimizer(Optimizer):
         device = measured[0].device
         squares = [sums[:, 1].sum().to(device) for sums in measured]
         norm = torch.stack(squares).sum().sqrt() if len(squares) > 1 else squares[0].sqrt()
-        scale = calls[0].settings.grad_scale
+        scale = steps[0].settings.grad_scale
         if scale is not None:
             norm = norm / scale.to(device)
         self._norm["found"] = norm.float()
         # The small number is that of torch.nn.utils.clip_grad_norm_.
         clip = (largest / (norm + 1e-6)).clamp(max=1.0).float()
-        for call in calls:
-            call.settings.scale("clip", clip)
+        for step in steps:
+            step.settings.scale("clip", clip)
 
     def _named_backend(self, group: Group) -> str | None:
         one_by_one = group["differentiable"] or group["fused"] is False
@@ -336,42 +279,6 @@ class AdaptiveOptimizer(Optimizer):
                 found.append(statistics_of([params[i] for i in part], self.state, mean, sign))
         return found
 
-    def _complete_state(
-        self, param: Tensor, group: Group, needed: Iterable[str], late: tuple[str, ...] = ()
-    ) -> State:
-        """Creates what the state of ``param`` lacks but for ``late``, and lets it follow the
-        parameter to its device, dtype and memory order."""
-        state: State = self.state[param]
-        if RING in needed and RING not in state:
-            state.pop(SUM, None)  # a sum of gradients that are gone
-        for name in needed:
-            value = state.get(name)
-            if isinstance(value, (int, float)):
-                value = torch.tensor(float(value))
-            if value is None and name in late:
-                continue
-            if value is None and param.is_cuda and _is_capturing():
-                raise RuntimeError(
-                    f"{type(self).__name__}: every state must exist before a CUDA graph is "
-                    f"captured; {name} does not: take one step first"
-                )
-            dtype = self._state_dtype(name, param)
-            if value is None or (value.is_meta and not param.is_meta):
-                state[name] = new_state(name, param, dtype, group["window"])
-                if name in _REPLACED:  # a new filter starts at the next gradient
-                    for old in _REPLACED[name]:
-                        state.pop(old, None)
-            else:
-                if name == RING:
-                    check_window(type(self).__name__, value, group["window"])
-                state[name] = suited(name, value, param, dtype, group["window"])
-        return state
-
-    def _state_dtype(self, name: str, param: Tensor) -> torch.dtype:
-        if param.is_complex() or param.dtype == torch.float64:
-            return param.dtype
-        return self._state_dtypes.get(name, torch.float32)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, of the one of ``torch.optim`` that it replaces, or
         a converted one of another package.
@@ -389,12 +296,19 @@ class AdaptiveOptimizer(Optimizer):
                 Nothing is loaded then.
         """
         # Registered last, so that it sees what the hooks of the user have made of the dict.
-        handle = self.register_load_state_dict_pre_hook(remember_loaded)
+        handle = self.register_load_state_dict_pre_hook(self._hold_loaded)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-            self._loading = None
+            self._loaded = None
+
+    def _hold_loaded(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Checks a state dict before anything of it is used, and holds it for ``__setstate__``."""
+        check_loaded(state_dict, self.param_groups)
+        for group in state_dict["param_groups"]:
+            self._options({**self.defaults, **group})
+        self._loaded = state_dict
 
     def __getstate__(self) -> State:
         return super().__getstate__() | {
@@ -404,61 +318,27 @@ class AdaptiveOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: State) -> None:
+        """Takes over a copy, or, within ``load_state_dict``, what torch has made of the dict."""
         super().__setstate__(state)
-        self._plans, self._checked, self._known = {}, {}, []
-        self._norm = {"found": None}
         missing: Group = {
-            "_loading": None,
+            "_loaded": None,
             "_backend": None,
             "_state_dtypes": {},
             "clip_norm": None,
         }
         for name, default in missing.items():
             self.__dict__.setdefault(name, default)
+        self._start_anew()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        if self._loading is not None:
-            self._adopt(self._loading)
-
-    def _adopt(self, loaded: dict[str, Any]) -> None:
-        """Replaces what torch has cast to the parameters' dtypes by copies of what was saved."""
-        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-        groups = [(param, group) for group in self.param_groups for param in group["params"]]
-        for key, (param, group) in zip(keys, groups, strict=True):
-            saved = {
-                name: value
-                for name, value in loaded["state"].get(key, {}).items()
-                if name in ALL and value is not None
-            }
-            state = self.state[param] if saved or param.requires_grad else {}
-            for name, value in saved.items():
-                state[name] = self._adopted(name, value, param)
-            if "grok_exp_avg" in saved and "grok_step" not in saved and "step" in saved:
-                state["grok_step"] = state["step"].clone()
-            if "momentum_buffer" in saved and "step" not in saved:  # of torch's SGD
-                state["step"] = torch.ones((), dtype=torch.float32, device=param.device)
-            if state.get("momentum_buffer", 0) is None:
-                del state["momentum_buffer"]
-            # The weights may be loaded after this, so their average starts at the next step.
-            if state or param.requires_grad:
-                self._complete_state(param, group, self._check(group).needed, late=("weight_ema",))
-
-    def _adopted(self, name: str, value: Any, param: Tensor) -> Tensor:
-        if name in COUNTERS:
-            return torch.tensor(float(value), dtype=torch.float32, device=param.device)
-        copy = value.detach().clone()
-        window = len(copy) if name == RING else 0
-        return suited(name, copy, param, self._state_dtype(name, param), window)
-
-
-_LISTS = ("params", "param_names")
-# What goes when a filter starts: its counter, and the state of the other kind of filter.
-_REPLACED = {"grok_exp_avg": ("grok_step", SUM, RING), SUM: ("grok_step", "grok_exp_avg")}
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if self._loaded is not None:
+            self._keeper.load(
+                self.state,
+                self.param_groups,
+                self._loaded,
+                lambda group: self._options(group).spec.needed,
+            )
 
 
 def _check_flags(owner: str, options: Group, backend: str | None) -> None:
@@ -485,14 +365,6 @@ def _check_clip_norm(owner: str, clip_norm: Any, differentiable: bool) -> float 
     if not 0 < clip_norm < float("inf"):
         raise ValueError(f"{owner}: clip_norm must be > 0 and finite; got {clip_norm!r}")
     return clip_norm
-
-
-def _check_grad(owner: str, param: Tensor, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"{owner} does not support sparse gradients; got {grad.layout} for a parameter of "
-            f"shape {tuple(param.shape)}: use torch.optim.SparseAdam or nn.Embedding(sparse=False)"
-        )
 
 
 def _check_capture(owner: str, group: Group) -> None:

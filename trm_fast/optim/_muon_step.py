@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trm_fast.ops import AdaptiveStep, Settings, adaptive_step_, newton_schulz_
-from trm_fast.optim._group_step import CompiledStep
-from trm_fast.optim._plan import Keys, Plan, empty_output, local
-from trm_fast.optim._states import State, one_dim_on
+from trm_fast.ops import AdaptiveStep, Settings, States, adaptive_step_, newton_schulz_
+from trm_fast.optim._local import empty_output, local, stacked_like
+from trm_fast.optim._plan import CompiledStep, Options, Plan, StepSpec
+from trm_fast.optim._states import Keys, State
 
 RATIOS = ("original", "match_rms_adamw", "spectral")
 
@@ -109,96 +109,130 @@ def ratio_of(block: Tensor, ratio: str) -> float:
     return sqrt(share) if ratio == "spectral" else sqrt(max(1.0, share))
 
 
-class MuonPlan(Plan):
-    """The step of a group of hidden matrices, checked once, as long as the same tensors take it.
+def momentum_keys(keys: Keys) -> Keys:
+    """Returns the states of the first pass; the average follows the second one."""
+    return {slot: key for slot, key in keys.items() if slot != "weight_ema"}
 
-    ``step`` moves the momentum on and writes each update, ``descend`` orthogonalises the updates,
-    whole matrices at a time, and takes them. Both pass over memory once.
+
+class Descent:
+    """The numbers of the second half of a step, whose learning rate goes by the shape of a block.
+
+    Args:
+        settings: those for a ratio of 1.
     """
 
+    def __init__(self, settings: Settings) -> None:
+        self._one = settings
+        self._by_ratio = {1.0: settings}
+
+    def settings(self, ratio: float, found_inf: Tensor | None) -> Settings:
+        """Returns those of a block; the decay goes by the learning rate as it is."""
+        found = self._by_ratio.get(ratio)
+        if found is None:
+            lr, weight_decay = self._one.lr, self._one.weight_decay
+            found = replace(self._one, lr=lr * ratio, weight_decay=weight_decay / ratio)
+            self._by_ratio[ratio] = found
+        found.scale("found_inf", found_inf)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledMuonStep(CompiledStep):
+    """The step of a group of hidden matrices through the dispatcher."""
+
+    def __call__(self) -> None:
+        shape, orthogonalise = self.options.spec.matrices
+        keys = self.options.spec.keys
+        average = keys.get("weight_ema")
+        counters = [state["step"].clone() for state in self.states]
+        kept = update_dtype(orthogonalise.dtype)
+        updates = [empty_output(param, kept) for param in self.params]
+        self.write(momentum_keys(keys), updates)
+        rows = [block_rows(param, shape) for param in self.params]
+        Blocks(updates, rows, shape).orthogonalise(orthogonalise)
+        for ratio, part in descents(self.params, updates, shape):
+            adaptive_step_(
+                [self.params[i] for i in part],
+                [updates[i] for i in part],
+                [], [],
+                [counters[i] for i in part],
+                weight_emas=[self.states[i][average] for i in part] if average else [],
+                settings=self.options.descent.settings(ratio, self.settings.found_inf),
+                backend=self.options.spec.backend,
+            )  # fmt: skip
+
+
+class Second(NamedTuple):
+    """The second pass over some parameters: the ratio of their learning rate, their indices and
+    their step."""
+
+    ratio: float
+    indices: list[int]
+    step: AdaptiveStep
+
+
+class MuonPlan(Plan):
+    """The step of a group of hidden matrices.
+
+    The first pass moves the momentum on and writes each update; then whole matrices are
+    orthogonalised; the second pass takes the updates. Each pass goes over memory once.
+    """
+
+    compiled = CompiledMuonStep
+
     def __init__(
-        self,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        fixed: tuple[Any, ...],
+        self, spec: StepSpec, params: list[Tensor], grads: list[Tensor], states: list[State]
     ) -> None:
-        backend, self._shape, self._orthogonalise = fixed
+        self._shape, self._orthogonalise = spec.matrices
         kept = update_dtype(self._orthogonalise.dtype)
-        self.updates = [empty_output(local(param), kept) for param in params]
-        # Whatever cannot be orthogonalised has to show before the momentum moves.
-        for device, dtype in {(update.device, update.dtype) for update in self.updates}:
+        self._updates = [empty_output(local(param), kept) for param in params]
+        # What cannot be orthogonalised must be refused before the momentum moves.
+        for device, dtype in {(update.device, update.dtype) for update in self._updates}:
             self._orthogonalise([torch.zeros((1, 1), device=device, dtype=dtype)])
-        momentum = {slot: key for slot, key in keys.items() if slot != "weight_ema"}
-        super().__init__(momentum, needed, params, grads, states, fixed, self.updates)
-        self._all_keys = keys
+        super().__init__(spec, params, grads, states, momentum_keys(spec.keys), self._updates)
         self._finished = [local(state["step"]) for state in states]
         self._counters = [step.clone() for step in self._finished]  # for the second pass
-        self._blocks = self._block_list(params, self.updates) if self.plain else None
+        self._blocks = self._block_list(params, self._updates) if self.plain else None
         self._gathered: dict[tuple[Any, ...], list[int]] = {}
         for index, param in enumerate(params):
             self._gathered.setdefault(_kind(param), []).append(index)
-        self._descents = self._make_descents(keys, states, backend)
+        self._second = [
+            Second(ratio, indices, self._second_step(indices))
+            for ratio, indices in descents(params, self._updates, self._shape)
+        ]
 
-    def _make_descents(
-        self, keys: Keys, states: list[State], backend: str | None
-    ) -> list[tuple[float, list[int], AdaptiveStep]]:
-        averages = keys.get("weight_ema")
-        return [
-            (
-                ratio,
-                indices,
-                AdaptiveStep(
-                    [local(self._params[i]) for i in indices],
-                    [self.updates[i] for i in indices],
-                    [], [],
-                    [self._counters[i] for i in indices],
-                    weight_emas=[local(states[i][averages]) for i in indices] if averages else [],
-                    backend=backend,
-                ),
-            )
-            for ratio, indices in descents(self._params, self.updates, self._shape)
-        ]  # fmt: skip
-
-    def holds(
-        self,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        fixed: tuple[Any, ...],
-    ) -> bool:
-        """Returns whether these tensors and options are still those that were checked."""
-        momentum = {slot: key for slot, key in keys.items() if slot != "weight_ema"}
-        return (
-            keys == self._all_keys
-            and super().holds(momentum, needed, params, grads, fixed)
-            and all(
-                step.fits([local(self._params[i]) for i in part], [self.updates[i] for i in part])
-                for _, part, step in self._descents
-            )
+    def _second_step(self, indices: list[int]) -> AdaptiveStep:
+        average = self.spec.keys.get("weight_ema")
+        averages = [local(self.states[i][average]) for i in indices] if average else []
+        return AdaptiveStep(
+            [local(self.params[i]) for i in indices],
+            [self._updates[i] for i in indices],
+            States(steps=[self._counters[i] for i in indices], weight_emas=averages),
+            backend=self.spec.backend,
         )
 
-    def step(self, grads: list[Tensor], settings: Settings) -> None:
-        """Moves the momentum on and writes the updates."""
-        # Both passes count alike, and whoever sets the state "step" sets it for both.
-        torch._foreach_copy_(self._counters, self._finished)
-        super().step(grads, settings)
+    def fits(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Returns whether the tensors of both passes fit."""
+        return super().fits(params, grads) and all(
+            second.step.fits(
+                [local(self.params[i]) for i in second.indices],
+                [self._updates[i] for i in second.indices],
+            )
+            for second in self._second
+        )
 
-    def descend(self, settings: Settings) -> None:
-        """Orthogonalises the updates that ``step`` has written, and takes them."""
+    def step(self, grads: list[Tensor], options: Options) -> None:
+        """Moves the momentum on, orthogonalises the updates, and takes them."""
+        # Both passes count alike, and users who set the state "step" set it for both.
+        torch._foreach_copy_(self._counters, self._finished)
+        super().step(grads, options)
         if self._blocks is not None:
             self._blocks.orthogonalise(self._orthogonalise)
         else:
             self._orthogonalise_shards()
-        lr, weight_decay = settings.lr, settings.weight_decay
-        for ratio, part, step in self._descents:
-            # The decay goes by the learning rate as it is.
-            settings.lr, settings.weight_decay = lr * ratio, weight_decay / ratio
-            step([self.updates[i] for i in part], settings)
-        settings.lr, settings.weight_decay = lr, weight_decay
+        for ratio, indices, step in self._second:
+            settings = options.descent.settings(ratio, options.settings.found_inf)
+            step([self._updates[i] for i in indices], settings)
 
     def _block_list(self, params: Sequence[Tensor], updates: Sequence[Tensor]) -> "Blocks":
         return Blocks(updates, [block_rows(param, self._shape) for param in params], self._shape)
@@ -207,8 +241,8 @@ class MuonPlan(Plan):
         """Gathers the updates, one all-gather for all alike, orthogonalises them on every rank, and
         keeps the own part of each."""
         for indices in self._gathered.values():
-            params = [self._params[i] for i in indices]
-            updates = [self.updates[i] for i in indices]
+            params = [self.params[i] for i in indices]
+            updates = [self._updates[i] for i in indices]
             if not hasattr(params[0], "to_local"):
                 self._block_list(params, updates).orthogonalise(self._orthogonalise)
                 continue
@@ -283,17 +317,9 @@ def _kind(param: Tensor) -> tuple[Any, ...]:
 
 def _gather(updates: list[Tensor], param: Tensor) -> Tensor:
     """Returns the whole updates of parameters that are sharded as ``param`` is, stacked."""
-    from torch.distributed.tensor import DTensor
-
-    placements = list(map(one_dim_on, param.placements))  # type: ignore[attr-defined]
-    stacked = DTensor.from_local(
-        torch.stack(updates),
-        param.device_mesh,  # type: ignore[attr-defined]
-        placements,
-        shape=torch.Size((len(updates), *param.shape)),
-        stride=(param.numel(), *torch.empty(param.shape, device="meta").stride()),
-    )
-    return stacked.full_tensor().contiguous()
+    rows = torch.empty(param.shape, device="meta").stride()
+    whole = stacked_like(torch.stack(updates), param, len(updates), rows).full_tensor()
+    return whole.contiguous()  # type: ignore[no-any-return]
 
 
 def _own_part(matrix: Tensor, param: Tensor) -> Tensor:
@@ -307,67 +333,3 @@ def _own_part(matrix: Tensor, param: Tensor) -> Tensor:
     for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         matrix = matrix.narrow(dim, min(offset, matrix.shape[dim] - size), size)
     return matrix
-
-
-@dataclass(frozen=True, slots=True)
-class MuonStep:
-    """The step of a group, checked and ready to be taken."""
-
-    plan: MuonPlan
-    grads: list[Tensor]
-    settings: Settings
-    descent: Settings
-
-    def measure(self) -> list[Tensor]:
-        """Returns sums as ``FilterSums`` does, over means too if the filter needs them."""
-        return self.plan.measure(self.grads, self.settings.reduces)
-
-    def __call__(self) -> None:
-        self.plan.step(self.grads, self.settings)
-        self.descent.scale("found_inf", self.settings.found_inf)
-        self.plan.descend(self.descent)
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledMuonStep:
-    """The same, through the dispatcher."""
-
-    momentum: CompiledStep
-    shape: Shape
-    orthogonalise: Orthogonaliser
-    descent: Settings
-
-    @property
-    def settings(self) -> Settings:
-        """Those of the momentum."""
-        return self.momentum.settings
-
-    def measure(self) -> list[Tensor]:
-        """As that of ``CompiledStep``."""
-        return self.momentum.measure()
-
-    def __call__(self) -> None:
-        call = self.momentum
-        steps = [state["step"].clone() for state in call.states]
-        averages = call.keys.get("weight_ema")
-        keys = {slot: key for slot, key in call.keys.items() if slot != "weight_ema"}
-        kept = update_dtype(self.orthogonalise.dtype)
-        updates = [empty_output(param, kept) for param in call.params]
-        replace(call, keys=keys, params=updates)()
-        rows = [block_rows(param, self.shape) for param in call.params]
-        Blocks(updates, rows, self.shape).orthogonalise(self.orthogonalise)
-        for ratio, part in descents(call.params, updates, self.shape):
-            adaptive_step_(
-                [call.params[i] for i in part],
-                [updates[i] for i in part],
-                [], [],
-                [steps[i] for i in part],
-                weight_emas=[call.states[i][averages] for i in part] if averages else [],
-                settings=replace(
-                    self.descent,
-                    lr=self.descent.lr * ratio,
-                    weight_decay=self.descent.weight_decay / ratio,
-                    found_inf=self.settings.found_inf,
-                ),
-                backend=call.backend,
-            )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The largest attention logit of each head, for modules whose attention does not tell it."""
+"""The largest attention logit of each head, for modules whose attention does not report it."""
 
 from trm_fast.ops._attention_logits import max_logits
 

@@ -10,9 +10,9 @@ from torch.optim.optimizer import Optimizer
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
-from trm_fast.optim._group_step import GroupStep
-from trm_fast.optim._plan import Keys, Plan, empty_output, local
-from trm_fast.optim._states import Group, State
+from trm_fast.optim._closure import evaluate
+from trm_fast.optim._plan import FilterPlan, Options, StepSpec
+from trm_fast.optim._states import Group, Keys, State
 from trm_fast.optim.options import FILTER_OPTIONS, FilterOptions, Unpack, with_options
 
 _OPTIONS = ("filter", *FILTER_OPTIONS)
@@ -103,10 +103,14 @@ class GradFilter(AdaptiveOptimizer):
         self.param_groups = self.optimizer.param_groups
 
     def _settings(self, group: Group) -> Settings:
-        # What the optimizer inside does with the direction or an average is its own affair.
+        # Direction and average are those of the optimizer inside.
         alpha = group.get("filter_alpha", group["alpha"])
         options = {**group, "alpha": alpha, "maximize": False, "weight_ema": None}
         return Settings(0.0, rule="filter", **self._filter_settings(options))
+
+    def _options(self, group: Group) -> Options:
+        settings, spec, _ = super()._options(group)
+        return Options(settings, StepSpec(spec.keys, spec.needed, spec.backend, FilterPlan))
 
     def _state_keys(self, group: Group) -> Keys:
         return super()._state_keys({**group, "weight_ema": None})
@@ -129,18 +133,6 @@ class GradFilter(AdaptiveOptimizer):
         inner.add_param_group(param_group)  # completes the group; taken back until it is checked
         super().add_param_group(inner.param_groups.pop())
 
-    def _plan(
-        self,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        fixed: tuple[Any, ...],
-    ) -> Plan:
-        outputs = [empty_output(local(param)) for param in params]
-        return Plan(keys, needed, params, grads, states, fixed, outputs)
-
     # torch.compile leaves it to Python; torch.compiler.disable would import the compiler for all.
     @_disable_dynamo
     def _filtered(self) -> list[tuple[Tensor, Tensor]]:
@@ -149,15 +141,9 @@ class GradFilter(AdaptiveOptimizer):
         # Groups may have been added or loaded in the optimizer inside alone.
         self._share_groups()
         with torch.no_grad():
-            self._notice_replaced_states()
-            prepared = [self._prepared(i, group) for i, group in enumerate(self.param_groups)]
-            calls = [call for call in prepared if isinstance(call, GroupStep)]
-            measured = self._measure(calls)  # type: ignore[arg-type]
-            if self.clip_norm is not None:
-                self._clip(calls, measured)  # type: ignore[arg-type]
-            for call in calls:
-                call()
-                pairs.extend(call.plan.results())
+            for step in self._ready_steps():
+                step()
+                pairs.extend(step.plan.results())  # type: ignore[union-attr]
         return pairs
 
     @torch.no_grad()
@@ -201,10 +187,7 @@ class GradFilter(AdaptiveOptimizer):
                 "GradFilter: step needs an optimizer inside; got parameters alone: call apply_(), "
                 "or give it an optimizer in place of parameters"
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         pairs = self._filtered()
         grads = [param.grad for param, _ in pairs]
         try:

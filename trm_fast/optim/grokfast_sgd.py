@@ -6,8 +6,7 @@ from torch import Tensor
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
-from trm_fast.optim._plan import Keys
-from trm_fast.optim._states import Group
+from trm_fast.optim._states import Group, Keys
 from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
 

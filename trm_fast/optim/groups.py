@@ -20,7 +20,7 @@ def component_groups(
 ) -> list[Group]:
     """Returns the parameters of a model as one named group per component.
 
-    Parameters without gradient are left out; whoever thaws some later adds them with
+    Parameters without gradient are left out; those that are thawed later are added with
     ``add_param_group``. A parameter that several modules share counts once, under its first name.
 
     Args:

@@ -10,18 +10,9 @@ from torch import Tensor
 from trm_fast.ops import Settings
 from trm_fast.ops._newton_schulz_sets import KELLER
 from trm_fast.optim._adaptive import AdaptiveOptimizer
-from trm_fast.optim._group_step import GroupStep
-from trm_fast.optim._muon_step import (
-    RATIOS,
-    CompiledMuonStep,
-    MuonPlan,
-    MuonStep,
-    Orthogonaliser,
-    Shape,
-    block_rows,
-)
-from trm_fast.optim._plan import Keys, Plan
-from trm_fast.optim._states import Group, State
+from trm_fast.optim._muon_step import RATIOS, Descent, MuonPlan, Orthogonaliser, Shape, block_rows
+from trm_fast.optim._plan import Options, StepSpec
+from trm_fast.optim._states import Group, Keys
 from trm_fast.optim.grokfast_sgd import check_momentum
 from trm_fast.optim.options import StepOptions, Unpack, split, with_options
 
@@ -133,13 +124,9 @@ class Muon(AdaptiveOptimizer):
         return {"exp_avg": "momentum_buffer"}
 
     def _settings(self, group: Group) -> Settings:
-        name = type(self).__name__
-        self._orthogonaliser(group)([])  # has its options checked
-        shape_of(name, group)
-        self._descent(group)
         return Settings(
             0.0,
-            check_momentum(name, group["momentum"]),
+            check_momentum(type(self).__name__, group["momentum"]),
             rule="momentum",
             nesterov=bool(group["nesterov"]),
             **self._filter_settings(group),
@@ -154,37 +141,15 @@ class Muon(AdaptiveOptimizer):
             raise TypeError(f"{name}: {label} must be real and floating; got {param.dtype}")
         block_rows(param, shape_of(name, group), label)
 
-    def _fixed(self, group: Group) -> tuple[Any, ...]:
+    def _options(self, group: Group) -> Options:
+        settings, spec, _ = options = super()._options(group)
         if not self._orthogonalises(group):
-            return super()._fixed(group)
-        shape = shape_of(type(self).__name__, group)
-        return (self._named_backend(group), shape, self._orthogonaliser(group))
-
-    def _plan(
-        self,
-        keys: Keys,
-        needed: tuple[str, ...],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        fixed: tuple[Any, ...],
-    ) -> Plan:
-        plan = MuonPlan if len(fixed) > 1 else Plan
-        return plan(keys, needed, params, grads, states, fixed)
-
-    def _prepared(self, index: int, group: Group) -> Any:
-        prepared = super()._prepared(index, group)
-        if isinstance(prepared, GroupStep) and isinstance(prepared.plan, MuonPlan):
-            descent = self._descent(group)
-            return MuonStep(prepared.plan, prepared.grads, prepared.settings, descent)
-        return prepared
-
-    def _compiled(self, group: Group, *tensors: Any) -> Any:
-        momentum = super()._compiled(group, *tensors)
-        if not self._orthogonalises(group):
-            return momentum
-        _, shape, orthogonalise = self._fixed(group)
-        return CompiledMuonStep(momentum, shape, orthogonalise, self._descent(group))
+            return options
+        orthogonaliser = self._orthogonaliser(group)
+        orthogonaliser([])  # has its options checked
+        matrices = (shape_of(type(self).__name__, group), orthogonaliser)
+        spec = StepSpec(spec.keys, spec.needed, spec.backend, MuonPlan, matrices)
+        return Options(settings, spec, Descent(self._descent(group)))
 
     def _orthogonaliser(self, group: Group) -> Orthogonaliser:
         return Orthogonaliser(

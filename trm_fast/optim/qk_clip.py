@@ -103,7 +103,7 @@ class QKClip:
     ``max_logits`` computes for modules that do not know them:
 
         class Attention(nn.Module):
-            report = None  # set by whoever clips
+            report = None  # set by the caller of clip.watch
 
             def forward(self, x):
                 ...

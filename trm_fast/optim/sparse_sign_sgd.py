@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from trm_fast.optim._closure import evaluate
+
 Group = dict[str, Any]
 
 
@@ -108,10 +110,7 @@ class SparseSignSGD(Optimizer):
             ValueError: an option was changed to something out of range, or a gradient is sparse in
                 more than its rows; nothing is written then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         # Every group is checked before the first one moves.
         for group in self.param_groups:
             _check_group(group)

@@ -132,7 +132,7 @@ class WeightEMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Gives the model the averaged weights, and its own back at the end, whatever happens.
+        """Gives the model the averaged weights, and its own back at the end, after an error too.
 
         Values are exchanged in place, so that optimizers, CUDA graphs and wrappers keep the
         parameters they know. 16-bit parameters get the average rounded; the weights that come back
