@@ -5,17 +5,13 @@ the runs must agree bit for bit. Filters and clipping that look at whole tensors
 what is no whole number any more; they agree to the roundings of float32.
 """
 
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -39,13 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trm_fast import AdamATan2, GradFilter, GrokFastAdamW, GrokFastSGD, WeightEMA
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_gloo_available(), reason="this torch is built without gloo"
-)
+from ..support.processes import needs_gloo, returned, run_cases, run_ranks
+from .distributed_checks import STEPS, half, linear, train, whole, whole_numbers
+
+pytestmark = needs_gloo
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "weight_ema": 0.9}
 AVERAGES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
-STEPS = 3
 
 CLIP = {"clip_norm": 0.5}
 WINDOW = {"filter": "ma", "window": 2}
@@ -74,32 +70,6 @@ WHOLE: dict[str, Callable[[Any], Any]] = {
 MAKE = ELEMENTWISE | WHOLE
 
 
-def whole_numbers(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, shape, generator=generator).float()
-
-
-def linear(rows: int) -> Linear:
-    model = Linear(6, rows)
-    with torch.no_grad():
-        model.weight.copy_(whole_numbers(rows, 6, seed=0) / 8)
-        model.bias.copy_(whole_numbers(rows, seed=1) / 8)
-    return model
-
-
-def train(model: torch.nn.Module, optimizer: Any, rows: int, part: slice) -> None:
-    """Steps on its part of each batch of 8; the gradient of the weight is the mean of y x^T."""
-    for t in range(STEPS):
-        x, y = whole_numbers(8, 6, seed=10 + t)[part], whole_numbers(8, rows, seed=20 + t)[part]
-        optimizer.zero_grad()
-        (model(x) * y).sum(1).mean().backward()
-        optimizer.step()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def result(model: torch.nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Weights, states and statistics, gathered from all processes."""
     tensors = {}
@@ -122,10 +92,6 @@ def alone(rows: int = 5, make: str = "adamw") -> dict[str, Tensor]:
 
 
 # What each of the two processes runs. A case returns tensors to compare, or a plain value.
-
-
-def half(rank: int) -> slice:
-    return slice(4 * rank, 4 * rank + 4)
 
 
 def ddp(mesh: DeviceMesh, rank: int, view: bool, make: str = "adamw") -> Any:
@@ -216,7 +182,7 @@ def state_types(mesh: DeviceMesh, rank: int, rows: int) -> Any:
 Transfer = Callable[[Linear, Any, Linear, Any], None]
 
 
-def resumed(rank: int, mesh: DeviceMesh, make: str, transfer: Transfer, rows: int = 5) -> Any:
+def resumed(mesh: DeviceMesh, rank: int, make: str, transfer: Transfer, rows: int) -> Any:
     """An FSDP2 run that is saved and loaded before its last steps."""
     models = [linear(rows), linear(rows)]
     for model in models:
@@ -234,9 +200,9 @@ def directly(_: Linear, source: Any, __: Linear, target: Any) -> None:
     target.load_state_dict(source.state_dict())
 
 
-def through_files(model: Linear, source: Any, other: Linear, target: Any) -> None:
+def through_files(folder: Path, model: Linear, source: Any, other: Linear, target: Any) -> None:
     """Of torch.distributed.checkpoint, a shard from each process."""
-    folder = Path(sys.argv[2]) / f"{type(source).__name__}_{len(model.bias)}"
+    folder = folder / f"{type(source).__name__}_{len(model.bias)}"
     dcp.save({"optimizer": get_optimizer_state_dict(model, source)}, checkpoint_id=folder)
     state_dict = {"optimizer": get_optimizer_state_dict(other, target)}
     dcp.load(state_dict, checkpoint_id=folder)
@@ -250,12 +216,25 @@ def through_whole_tensors(model: Linear, source: Any, other: Linear, target: Any
     set_optimizer_state_dict(other, target, state_dict, options=options)
 
 
-TRANSFERS = {"directly": directly, "files": through_files, "whole": through_whole_tensors}
 RESUMED = [
     (make, transfer, rows)
     for make, rows in (("adamw", 5), ("atan2_ma", 5), ("atan2_ma", 1), ("adamw_projection", 5))
-    for transfer in TRANSFERS
+    for transfer in ("directly", "files", "whole")
 ]
+
+
+def resumed_cases(folder: Path) -> dict[str, Callable[[DeviceMesh, int], Any]]:
+    transfers: dict[str, Transfer] = {
+        "directly": directly,
+        "files": partial(through_files, folder),
+        "whole": through_whole_tensors,
+    }
+    return {
+        f"resumed_{make}_{transfer}_{rows}": partial(
+            resumed, make=make, transfer=transfers[transfer], rows=rows
+        )
+        for make, transfer, rows in RESUMED
+    }
 
 
 def strided(mesh: DeviceMesh, rank: int, make: str) -> Any:
@@ -304,63 +283,18 @@ for make in MAKE:
         CASES[f"fsdp_{rows}_{make}"] = lambda mesh, rank, rows=rows, make=make: fsdp(
             mesh, rank, rows, make
         )
-for make, transfer, rows in RESUMED:
-    CASES[f"resumed_{make}_{transfer}_{rows}"] = (
-        lambda mesh, rank, make=make, transfer=transfer, rows=rows: resumed(
-            rank, mesh, make, TRANSFERS[transfer], rows
-        )
-    )
 for make in ("projection", "ma"):
     CASES[f"strided_{make}"] = lambda mesh, rank, make=make: strided(mesh, rank, make)
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", store, timeout, world_size=2, rank=rank)
-    mesh = init_device_mesh("cpu", (2,))
-    results: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case(mesh, rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-        torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def all_cases(rank: int, folder: Path) -> dict[str, Any]:
+    return run_cases(CASES | resumed_cases(folder), init_device_mesh("cpu", (2,)), rank)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes returned, for each case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    # Not torch.multiprocessing: a spawned process could not import this module by the name that
-    # pytest's importlib mode gives it.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    saved = [folder / f"{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in saved), "\n".join(outputs)
-    return [torch.load(path) for path in saved]
-
-
-def returned(results: list[dict[str, Any]], case: str) -> list[Any]:
-    """What both processes returned; a failure shows the traceback of the process."""
-    values = [result.get(case, "the process ended before this case") for result in results]
-    for value in values:
-        assert not isinstance(value, str), value
-    return values
+    return run_ranks(all_cases, tmp_path_factory.mktemp("checkpoints"))
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -456,7 +390,3 @@ def test_states_are_sharded_like_their_parameters_at_construction(
     results: list[Any], case: str
 ) -> None:
     assert returned(results, case) == [[True] * 2 * len(AVERAGES)] * 2
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -4,50 +4,31 @@ Gradients are means of products of small whole numbers, so that no sum depends o
 whole matrices are orthogonalised on every rank: the runs must agree bit for bit.
 """
 
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor import distribute_tensor as distribute
-from torch.nn import Linear, Parameter
+from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from trm_fast import MuGrokfast, Muon
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_gloo_available(), reason="this torch is built without gloo"
-)
+from ..support.processes import needs_gloo, returned, run_cases, run_ranks
+from .distributed_checks import STEPS, half, linear, train, whole, whole_numbers
+
+pytestmark = needs_gloo
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "weight_ema": 0.9, "filter": "ema"}
 SPLIT: dict[str, Any] = {"row_splits": (4, 2, 1), "adjust_lr_fn": "match_rms_adamw"}
-STEPS = 3
 
 
-def whole_numbers(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, shape, generator=generator).float()
-
-
-# Under FSDP2 and DDP: a linear model, whose gradient is the mean of y x^T.
-
-
-def linear(rows: int) -> Linear:
-    model = Linear(6, rows)
-    with torch.no_grad():
-        model.weight.copy_(whole_numbers(rows, 6, seed=0) / 8)
-        model.bias.copy_(whole_numbers(rows, seed=1) / 8)
-    return model
+# Under FSDP2 and DDP: a linear model
 
 
 def optimizer_of(model: nn.Module, split: dict[str, Any]) -> MuGrokfast:
@@ -55,22 +36,6 @@ def optimizer_of(model: nn.Module, split: dict[str, Any]) -> MuGrokfast:
     rest = [(name, p) for name, p in model.named_parameters() if p.ndim == 1]
     groups = [{"params": hidden, "algorithm": "muon", **split}]
     return MuGrokfast([*groups, {"params": rest, "algorithm": "adamw"}], **OPTIONS, muon_lr=0.2)
-
-
-def half(rank: int) -> slice:
-    return slice(4 * rank, 4 * rank + 4)
-
-
-def train(model: nn.Module, optimizer: MuGrokfast, rows: int, part: slice) -> None:
-    for t in range(STEPS):
-        x, y = whole_numbers(8, 6, seed=10 + t)[part], whole_numbers(8, rows, seed=20 + t)[part]
-        optimizer.zero_grad()
-        (model(x) * y).sum(1).mean().backward()
-        optimizer.step()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def result(optimizer: Any) -> list[dict[str, Tensor]]:
@@ -236,51 +201,14 @@ CASES: dict[str, Callable[[DeviceMesh, int], Any]] = {
 }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", store, timeout, world_size=2, rank=rank)
-    mesh = init_device_mesh("cpu", (2,))
-    results: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            results[name] = case(mesh, rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-        torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def all_cases(rank: int) -> dict[str, Any]:
+    return run_cases(CASES, init_device_mesh("cpu", (2,)), rank)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results() -> list[dict[str, Any]]:
     """What the two processes returned, for each case."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    saved = [folder / f"{rank}.pt" for rank in range(2)]
-    assert all(path.exists() for path in saved), "\n".join(outputs)
-    return [torch.load(path) for path in saved]
-
-
-def returned(results: list[dict[str, Any]], case: str) -> list[Any]:
-    """What both processes returned; a failure shows the traceback of the process."""
-    values = [result.get(case, "the process ended before this case") for result in results]
-    for value in values:
-        assert not isinstance(value, str), value
-    return values
+    return run_ranks(all_cases)
 
 
 def assert_equal(actual: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
@@ -355,7 +283,3 @@ def test_shards_of_the_cases_are_uneven_or_empty(results: list[Any]) -> None:
     assert (first["empty"], second["empty"]) == (1, 0)
     assert (first["experts"], second["experts"]) == (2, 1)
     assert (first["even"], second["even"]) == (4, 4)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

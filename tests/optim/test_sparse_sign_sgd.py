@@ -3,22 +3,19 @@
 Gradients are small whole numbers where only their sign matters, so that sums have no rounding.
 """
 
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Embedding, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from trm_fast.optim.sparse_sign_sgd import SparseSignSGD, _signs_of_sums, _step_whole
+
+from ..support.processes import needs_gloo, run_ranks
 
 needs_gpu = pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
@@ -398,10 +395,7 @@ def test_refused_step_writes_nothing(spoil: Callable[[SparseSignSGD], None]) -> 
 # Two processes
 
 
-def two_ranks(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timedelta(seconds=60), world_size=2, rank=rank)
+def tables_of(rank: int) -> dict[str, Tensor]:
     tables = {}
     for kind in ("sparse", "dense"):
         layer = Embedding.from_pretrained(make_table().detach(), False, sparse=kind == "sparse")
@@ -411,25 +405,13 @@ def two_ranks(rank: int, folder: Path) -> None:
         (model(IDS[half]) * (row_grads() + 0.5)[half]).sum().backward()
         optimizer.step()
         tables[kind] = layer.weight.detach()
-    torch.save(tables, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return tables
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch is built without gloo")
-def test_ddp_sums_rows_of_all_ranks_before_the_sign(tmp_path: Path) -> None:
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+@needs_gloo
+def test_ddp_sums_rows_of_all_ranks_before_the_sign() -> None:
     truth = expected(make_table(), IDS, row_grads() + 0.5, 0.25, 0.5)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    first, second = run_ranks(tables_of)
     for kind in ("sparse", "dense"):
-        assert torch.equal(found[0][kind], found[1][kind])
-        assert_near(found[0][kind], truth, 0.25)
-
-
-if __name__ == "__main__":
-    two_ranks(int(sys.argv[1]), Path(sys.argv[2]))
+        assert torch.equal(first[kind], second[kind])
+        assert_near(first[kind], truth, 0.25)

@@ -10,7 +10,10 @@ import pytest
 
 # Names by which code reaches what costs seconds.
 COMPILE = {"torch.compile", "opcheck"}
-PROCESSES = {"subprocess", "Popen", "multiprocessing", "ProcessPoolExecutor", "fork", "forkserver"}
+PROCESSES = {
+    "subprocess", "Popen", "Process", "multiprocessing", "ProcessPoolExecutor", "fork",
+    "forkserver",
+}  # fmt: skip
 PACKAGE = __name__.partition(".")[0]
 
 
