@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import trm_fast
-from trm_fast.optim import AdamATan2, GradFilter, GrokFastAdamW, GrokFastSGD
+from trm_fast.optim import AdamATan2, GrokFastAdamW, GrokFastSGD
 
 from .torch_checks import Options, assert_within, make_params, randn
 
@@ -164,38 +164,6 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for index, (ours, truth) in enumerate(zip(actual, expected, strict=True)):
         largest = truth.detach().abs().max().item() if truth.numel() else 0.0
         assert_within(ours, truth, RTOL * largest, f"tensor {index}")
-
-
-Build = Callable[..., torch.optim.Optimizer]
-
-
-def _around_sgd(params: Any, **more: Any) -> GradFilter:
-    inside = torch.optim.SGD(params, lr=0.1, momentum=0.9, **more)
-    return GradFilter(inside, filter="ma", window=3)
-
-
-def _with(kind: Any, **options: Any) -> Build:
-    return lambda params, **more: kind(params, **{"weight_ema": 0.9, "lr": 0.01} | options | more)
-
-
-# Every rule and every filter at least once, and a wrapped optimizer of torch.
-OPTIMIZERS: dict[str, Build] = {
-    "atan2": _with(AdamATan2, betas=(0.9, 0.95)),
-    "atan2_ema": _with(AdamATan2, filter="ema"),
-    "atan2_ma": _with(AdamATan2, filter="ma", window=3),
-    "sgd": _with(GrokFastSGD, filter=None),
-    "sgd_gate": _with(GrokFastSGD, filter="cosine_gate", momentum=0.9, dampening=0.1),
-    "sgd_highpass": _with(GrokFastSGD, filter="highpass", momentum=0.9, nesterov=True),
-    "adamw_ma": _with(GrokFastAdamW, filter="ma", window=2, warmup=False),
-    "adamw_projection": _with(GrokFastAdamW, filter="projection", clip_norm=1.0),
-    "around_sgd": _around_sgd,
-}
-each_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-each_own = pytest.mark.parametrize(
-    "build",
-    [build for name, build in OPTIMIZERS.items() if name != "around_sgd"],
-    ids=[name for name in OPTIMIZERS if name != "around_sgd"],
-)
 
 
 def two_linear(seed: int = 0) -> torch.nn.Sequential:

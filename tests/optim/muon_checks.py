@@ -1,9 +1,8 @@
 """Muon's formula, written again in float64, and the matrices that its tests step on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -21,15 +20,6 @@ SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (7, 7), "row": (1, 9), "co
 # Rounding in float64: singular values are lifted at most 3.4445^5 = 485 times, and 40 steps of
 # some twenty roundings each add up; this is a thousand times more.
 RTOL = 1e-9
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def orthogonal(u: Tensor, triples: Sequence[Triple] = (KELLER,) * 5, eps: float = 1e-7) -> Tensor:

@@ -1,6 +1,6 @@
 """The family inside torch.compile: every rule and filter in one graph, and none per number."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,13 +25,6 @@ from .torch_checks import (
 
 # Numbers that float32 holds, as a compiled step hands its numbers over in tensors.
 EXACT: Options = {"lr": 2.0**-6, "weight_decay": 2.0**-3}
-
-
-@pytest.fixture(autouse=True)
-def forgotten_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(optimizer: Any, compiler: Any = "eager") -> Callable[[], None]:

@@ -15,7 +15,7 @@ from trm_fast import BackendError, GrokFastAdamW, MuGrokfast, Muon, QKClip
 from trm_fast.optim import PRESETS, split_params
 from trm_fast.optim.qk_clip import QKRows
 
-from .muon_checks import EXACT, assert_near, formula, matrix, one_thread
+from .muon_checks import EXACT, assert_near, formula, matrix
 from .torch_checks import (
     assert_same,
     clone_params,
@@ -24,8 +24,6 @@ from .torch_checks import (
     train,
     without_grads,
 )
-
-__all__ = ["one_thread"]  # a fixture, used by every test
 
 
 class Block(nn.Module):

@@ -20,14 +20,11 @@ from .muon_checks import (
     found,
     matrices,
     matrix,
-    one_thread,
     orthogonal,
     ratio,
     trained,
 )
 from .torch_checks import assert_same, assert_within, clone_params, make_grads, set_grads, train
-
-__all__ = ["one_thread"]  # a fixture, used by every test
 
 DOUBLE = torch.float64
 STEPS = 32

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import Linear, Parameter
 
 import trm_fast
 from trm_fast import BackendError, Muon
 from trm_fast.optim import WeightEMA
 
-from .muon_checks import EXACT, assert_near, formula, found, matrix, one_thread, trained
+from .muon_checks import EXACT, assert_near, formula, found, matrix, trained
 from .torch_checks import (
     assert_same,
     clone_params,
@@ -25,8 +24,6 @@ from .torch_checks import (
     train,
     without_grads,
 )
-
-__all__ = ["one_thread"]  # a fixture, used by every test
 
 FULL: dict[str, Any] = {"filter": "ema", "weight_ema": 0.9, "lr": 0.05}
 BACKENDS = ["reference"] + (
@@ -414,24 +411,6 @@ def test_copy_continues_alike(copy: Callable[[Muon], Muon], steps: int) -> None:
     assert optimizer.state[params[0]]["step"].item() == steps
     train(optimizer, rows)
     assert_same(snapshot(twin), snapshot(optimizer))
-
-
-def test_closure_runs_once_with_gradients_before_the_update() -> None:
-    param = matrix(6, 4)
-    start, calls = param.detach().clone(), []
-
-    def closure() -> Tensor:
-        calls.append(torch.equal(param, start) and torch.is_grad_enabled())
-        param.grad = None
-        loss = param.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer = Muon([param], lr=0.1)
-    with torch.no_grad():
-        loss = optimizer.step(closure)
-    assert calls == [True] and loss.item() == start.square().sum() and not torch.equal(param, start)
-    assert optimizer.step() is None
 
 
 def test_hooks_run_around_the_step_and_the_state_dict() -> None:

@@ -1,6 +1,6 @@
 """Muon and MuGrokfast inside torch.compile: the same step, one graph, no new one per number."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,18 +10,8 @@ from torch.nn import Parameter
 
 from trm_fast import MuGrokfast, Muon
 
-from .muon_checks import assert_near, matrix, one_thread
+from .muon_checks import assert_near, matrix
 from .torch_checks import assert_same, make_grads, set_grads, snapshot
-
-__all__ = ["one_thread"]  # a fixture, used by every test
-
-
-@pytest.fixture(autouse=True)
-def forgotten_graphs() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
 
 SHAPES = [(16, 4), (4, 12), (8, 8), (12, 2, 3, 2)]
 

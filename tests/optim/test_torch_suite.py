@@ -1,4 +1,4 @@
-"""torch's optimizer checks on GrokFastAdamW: arguments, direction, groups, lr, layouts, no-ops."""
+"""torch's optimizer checks on all of the registry: arguments, direction, groups, learning rate."""
 
 import re
 from collections.abc import Callable
@@ -11,23 +11,28 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.testing._internal.common_optimizers import ErrorOptimizerInput, optim_inputs_func_adamw
 
-from trm_fast.optim import GrokFastAdamW
+from trm_fast.optim import AdamATan2, GrokFastAdamW, GrokFastSGD
 
-from .torch_checks import (
-    FLOATS,
-    IMPLEMENTATIONS,
+from .registry import (
     INFO,
+    SHAPES,
+    Case,
+    each_adamw,
+    each_adamw_input_and_flag,
+    each_case,
+    each_input_and_flag,
+    each_own,
+    each_own_input,
+)
+from .torch_checks import (
+    IMPLEMENTATIONS,
     Options,
     assert_same,
     assert_within,
     build,
     clone_params,
-    each_filter,
-    each_float,
     each_implementation,
-    each_input,
-    each_input_and_any_flag,
-    each_input_and_flag,
+    everything,
     make_grads,
     make_params,
     needs_cpp,
@@ -35,6 +40,7 @@ from .torch_checks import (
     set_grads,
     snapshot,
     train,
+    unclipped,
     without_grads,
 )
 
@@ -70,6 +76,44 @@ def test_refuses_bad_numbers_of_torchs_inputs(error: ErrorOptimizerInput) -> Non
         GrokFastAdamW([Parameter(torch.ones(1))], **case.kwargs)
 
 
+BAD: list[Options] = [{"lr": -1.0}, {"lr": torch.ones(2)}, {"weight_decay": -1.0}]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+@each_own
+def test_refuses_bad_numbers_and_adds_no_group(case: Case, options: Options) -> None:
+    (name,) = options
+    first, second, *_ = case.params()
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        case([first], **options)
+    optimizer = case([first])
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        optimizer.add_param_group({"params": [second]} | options)
+    assert (len(optimizer.param_groups), len(optimizer.state)) == (1, 1)
+
+
+@each_case
+def test_duplicate_parameter_is_refused(case: Case) -> None:
+    param = case.params()[0]
+    optimizer = case([param])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [param]})
+    assert len(optimizer.param_groups) == 1
+
+
+@each_own
+def test_refused_group_keeps_the_first_from_its_step(case: Case) -> None:
+    """Whatever is wrong with the last group is found before the first one moves."""
+    first, shared, *_ = case.params()
+    bad = Parameter(shared.detach()[:1])
+    optimizer = case([{"params": [first]}, {"params": [shared, bad]}])
+    set_grads([first, shared, bad], [torch.ones_like(p) for p in (first, shared, bad)])
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="disjoint in memory"):
+        optimizer.step()
+    assert_same(everything(optimizer), before)
+
+
 @needs_cpp
 @pytest.mark.parametrize("error", FLEXIBLE, ids=error_id)
 def test_takes_tensors_that_only_torchs_own_loops_refuse(error: ErrorOptimizerInput) -> None:
@@ -102,20 +146,12 @@ def sparse_grad() -> Tensor:
     return torch.sparse_coo_tensor([[0]], torch.ones(1, 2), (3, 2), check_invariants=True)
 
 
-@each_filter
-def test_sparse_gradient_is_refused(kwargs: Options) -> None:
-    param = Parameter(torch.ones(3, 2))
-    optimizer = build([param], **kwargs)
-    param.grad = sparse_grad()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-
-
-def test_refused_sparse_gradient_changes_nothing() -> None:
+@each_case
+def test_refused_sparse_gradient_changes_nothing(case: Case) -> None:
     """The dense parameter in front of the sparse one is not half a step ahead."""
-    params = [Parameter(torch.ones(3)), Parameter(torch.ones(3, 2))]
-    optimizer = build(params)
-    params[0].grad = torch.ones(3)
+    params = [case.params()[0], Parameter(torch.ones(3, 2))]
+    optimizer = case(params)
+    params[0].grad = torch.ones(10, 5)
     before = snapshot(optimizer)
     params[1].grad = sparse_grad()
     with pytest.raises(RuntimeError, match="sparse"):
@@ -124,19 +160,28 @@ def test_refused_sparse_gradient_changes_nothing() -> None:
     assert_same(snapshot(optimizer), before)
 
 
-def test_fused_step_refuses_meta_parameters() -> None:
-    param = Parameter(torch.ones(2, 3, device="meta"))
-    param.grad = torch.ones(2, 3, device="meta")
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"dtype": torch.complex64}], ids=str)
+@each_own
+def test_fused_refuses_in_the_words_of_torch(case: Case, where: Options) -> None:
     message = "`fused=True` requires all the params to be floating point Tensors"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
-        build([param], fused=True).step()
+        case([Parameter(torch.ones(2, 3, **where))], fused=True)
 
 
-def test_fused_step_refuses_complex_parameters() -> None:
-    param = Parameter(torch.ones(2, dtype=torch.complex64))
-    param.grad = torch.ones(2, dtype=torch.complex64)
-    with pytest.raises(RuntimeError, match="`fused=True` requires"):
-        build([param], fused=True).step()
+@pytest.mark.parametrize("kind", [AdamATan2, GrokFastSGD])
+def test_drop_ins_take_the_positional_arguments_of_what_they_replace(kind: Any) -> None:
+    """adam_atan2: lr, betas, weight_decay; torch.optim.SGD: lr, momentum, dampening, weight_decay,
+    nesterov."""
+    given: Any = {
+        AdamATan2: ((0.5, (0.1, 0.2), 0.3), {"lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}),
+        GrokFastSGD: (
+            (0.5, 0.9, 0.0, 0.3, True),
+            {"lr": 0.5, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.3, "nesterov": True},
+        ),
+    }
+    positional, named = given[kind]
+    group = kind([Parameter(torch.ones(1))], *positional).param_groups[0]
+    assert {name: group[name] for name in named} == named
 
 
 # Direction
@@ -151,6 +196,11 @@ def quadratic(contiguous: bool) -> tuple[Parameter, Parameter, Callable[[], Tens
         bias = Parameter(randn(10, 2, seed=2)[..., 0])
     data = randn(5, seed=3)
     return weight, bias, lambda: (weight.mv(data) + bias).pow(2).sum()
+
+
+def trainable(case: Case, *params: Parameter) -> list[Parameter]:
+    """Those that the optimizer can step: matrices at least."""
+    return [param for param in params if SHAPES in case.supports or param.dim() >= 2]
 
 
 def run_steps(
@@ -175,17 +225,27 @@ def assert_direction(first: float, last: float, maximize: bool) -> None:
 
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
 @each_input_and_flag
-def test_loss_goes_the_right_way(kwargs: Options, contiguous: bool) -> None:
+def test_loss_goes_the_right_way(case: Case, contiguous: bool) -> None:
     weight, bias, loss = quadratic(contiguous)
-    first, last = run_steps(build([weight, bias], **kwargs), loss)
-    assert_direction(first, last, kwargs.get("maximize", False))
+    first, last = run_steps(case(trainable(case, weight, bias)), loss)
+    assert_direction(first, last, case.options.get("maximize", False))
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
+@each_case
+def test_loss_goes_the_right_way_with_two_schedulers(case: Case, maximize: bool) -> None:
+    weight, bias, loss = quadratic(contiguous=False)
+    optimizer = case(trainable(case, weight, bias), maximize=maximize)
+    schedulers = [StepLR(optimizer, 5, gamma=0.9), ReduceLROnPlateau(optimizer)]
+    first, last = run_steps(optimizer, loss, schedulers)
+    assert_direction(first, last, maximize)
 
 
 @pytest.mark.parametrize("schedulers", INFO.scheduler_inputs, ids=lambda s: f"{len(s)}_schedulers")
-@each_filter
-def test_loss_goes_the_right_way_with_schedulers(kwargs: Options, schedulers: Any) -> None:
+@each_adamw
+def test_loss_goes_the_right_way_with_schedulers(case: Case, schedulers: Any) -> None:
     weight, bias, loss = quadratic(contiguous=True)
-    optimizer = build([weight, bias], maximize=True, **kwargs)
+    optimizer = case([weight, bias], maximize=True)
     first, last = run_steps(optimizer, loss, [make(optimizer) for make in schedulers])
     assert_direction(first, last, maximize=True)
 
@@ -198,13 +258,13 @@ def test_groups_with_schedulers_go_the_right_way(schedulers: Any) -> None:
     assert_direction(first, last, maximize=False)
 
 
-@each_input
-def test_maximize_equals_minimising_the_negated_gradient(kwargs: Options) -> None:
-    """Negation is exact, so this is equality, seed of the filter included."""
-    other = kwargs | {"maximize": not kwargs.get("maximize", False)}
-    params, negated = make_params(), make_params()
-    grads = make_grads(params, steps=4)
-    optimizer, opposite = build(params, **kwargs), build(negated, **other)
+@each_own_input
+def test_maximize_equals_minimising_the_negated_gradient(case: Case) -> None:
+    """Negation is exact, so this is equality, seed of the filter, ring and sums included."""
+    params, negated = case.params(), case.params()
+    grads = make_grads(params, steps=5)
+    optimizer = case(params)
+    opposite = case(negated, maximize=not case.options.get("maximize", False))
     train(optimizer, grads)
     train(opposite, [[-grad for grad in row] for row in grads])
     assert_same(without_grads(snapshot(opposite)), without_grads(snapshot(optimizer)))
@@ -248,49 +308,46 @@ def test_group_option_changes_the_result(key: str) -> None:
     assert not torch.equal(params[0], plain[0])
 
 
-@each_input_and_flag
-def test_group_without_weight_decay_goes_the_right_way(kwargs: Options) -> None:
+@each_adamw_input_and_flag
+def test_group_without_weight_decay_goes_the_right_way(case: Case) -> None:
     weight, bias, loss = quadratic(contiguous=True)
-    plain = kwargs | {"weight_decay": 0.0}
-    build([weight], **kwargs)
-    groups = [{"params": [weight], **kwargs}, {"params": [bias], **plain}]
-    first, last = run_steps(GrokFastAdamW(groups), loss)
-    assert_direction(first, last, kwargs.get("maximize", False))
+    optimizer = case([{"params": [weight]}, {"params": [bias], "weight_decay": 0.0}])
+    first, last = run_steps(optimizer, loss)
+    assert_direction(first, last, case.options.get("maximize", False))
 
 
-@each_input_and_flag
-def test_lr_of_another_group_does_not_leak(kwargs: Options) -> None:
+@each_adamw_input_and_flag
+def test_lr_of_another_group_does_not_leak(case: Case) -> None:
     """With an lr of 1e-28 an update is below half an ulp of every value, so nothing moves."""
     moving, still = Parameter(randn(10)), Parameter(randn(10, seed=1))
     before = still.detach().clone()
-    options = {"lr": 1e-3} | kwargs
-    build([moving], **kwargs)
-    optimizer = GrokFastAdamW([{"params": [moving], **options}, {"params": [still]}], lr=1e-28)
+    lr = case.options.get("lr", 1e-3)
+    optimizer = case([{"params": [moving], "lr": lr}, {"params": [still]}], lr=1e-28)
     train(optimizer, make_grads([moving, still], steps=5))
     assert_same(still.detach(), before)
     assert (moving != randn(10)).all()
 
 
-@each_filter
-def test_added_group_trains_like_an_optimizer_of_its_own(kwargs: Options) -> None:
-    params, apart = make_params(), make_params()
+@each_case
+def test_added_group_trains_like_an_optimizer_of_its_own(case: Case) -> None:
+    params, apart = case.params(), case.params()
     first, second = make_grads(params, 3, seed=1), make_grads(params, 3, seed=2)
-    optimizer = build(params[:2], **kwargs)
+    optimizer = unclipped(case(params[:2]))
     train(optimizer, [row[:2] for row in first])
-    optimizer.add_param_group({"params": params[2:], "lr": 0.01})
+    optimizer.add_param_group({"params": params[2:], "lr": 0.05})
     train(optimizer, second)
-    late = build(apart[2:], lr=0.01, **kwargs)
+    late = unclipped(case(apart[2:], lr=0.05))
     train(late, [row[2:] for row in second])
     assert_same(snapshot(optimizer)[2:], snapshot(late))
 
 
-@each_filter
-def test_added_group_has_state_at_once(kwargs: Options) -> None:
+@each_adamw
+def test_added_group_has_state_at_once(case: Case) -> None:
     params = make_params()
-    optimizer = build(params[:2], **kwargs)
+    optimizer = case(params[:2])
     optimizer.add_param_group({"params": params[2:]})
     keys = {"step", "exp_avg", "exp_avg_sq"}
-    keys |= {"grok_exp_avg", "grok_step"} if kwargs["lamb"] else set()
+    keys |= {"grok_exp_avg", "grok_step"} if case.options["lamb"] else set()
     assert [set(optimizer.state[param]) for param in params] == [keys] * len(params)
 
 
@@ -298,20 +355,19 @@ def test_added_group_has_state_at_once(kwargs: Options) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=["0d", "1d", "2d"])
-@each_input_and_flag
-def test_tensor_lr_equals_float_lr(kwargs: Options, shape: tuple[int, ...]) -> None:
+@each_adamw_input_and_flag
+def test_tensor_lr_equals_float_lr(case: Case, shape: tuple[int, ...]) -> None:
     """2**-10 is the same number as a float and as a float32.
 
     A step may take lr in float32 where it took a double: the update then has 4 roundings more, and
     |update| <= lr * 3.2 (Kingma and Ba 2014, section 2.1) for beta (0.9, 0.999). Each of the two
     runs rounds the parameter twice per step, by decay and update, half an ulp each.
     """
-    kwargs = {key: value for key, value in kwargs.items() if key != "lr"}
     steps, lr = 5, 2.0**-10
     params, other = make_params(), make_params()
     grads = make_grads(params, steps)
-    train(build(params, lr=lr, **kwargs), grads)
-    train(build(other, lr=torch.full(shape, lr), **kwargs), grads)
+    train(case(params, lr=lr), grads)
+    train(case(other, lr=torch.full(shape, lr)), grads)
     eps = torch.finfo(torch.float32).eps
     for param, tensor_lr in zip(params, other, strict=True):
         size = param.detach().abs().double() + steps * 3.2 * lr
@@ -337,6 +393,25 @@ def test_tensor_lr_is_read_at_every_step(implementation: Options) -> None:
     assert_same(param.detach(), before)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=["0d", "1d", "2d"])
+@each_own
+def test_tensor_lr_that_changes_equals_float_lr_that_changes(
+    case: Case, shape: tuple[int, ...]
+) -> None:
+    """Powers of two are the same number in every dtype; their products may be rounded to float32
+    once more, in each of 4 steps."""
+    params, twins = case.params(), case.params()
+    lr = torch.full(shape, 2.0**-6)
+    tensor, plain = case(params, lr=lr), case(twins, lr=2.0**-6)
+    for row in make_grads(params, 4):
+        train(tensor, [row])
+        train(plain, [row])
+        lr.mul_(0.5)
+        plain.param_groups[0]["lr"] *= 0.5
+    for param, twin in zip(params, twins, strict=True):
+        assert_within(param, twin, 4 * 4 * 2**-24 * (1 + twin.detach().abs()), "param")
+
+
 @takes_tensor_lr
 def test_step_does_not_write_a_tensor_lr(implementation: Options) -> None:
     param = Parameter(randn(5))
@@ -346,12 +421,12 @@ def test_step_does_not_write_a_tensor_lr(implementation: Options) -> None:
     assert (optimizer.param_groups[0]["lr"] is lr, lr._version) == (True, 0)
 
 
-@each_filter
-def test_scheduler_moves_a_tensor_lr_like_a_float_lr(kwargs: Options) -> None:
+@each_own
+def test_scheduler_moves_a_tensor_lr_like_a_float_lr(case: Case) -> None:
     """All values are powers of two, so the learning rates are equal exactly."""
     rates = []
     for lr in (0.5, torch.tensor([0.5])):
-        optimizer = build([Parameter(randn(3))], lr=lr, **kwargs)
+        optimizer = case(case.params()[:1], lr=lr)
         scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
         for _ in range(3):
             optimizer.step()
@@ -361,224 +436,21 @@ def test_scheduler_moves_a_tensor_lr_like_a_float_lr(kwargs: Options) -> None:
 
 
 @pytest.mark.parametrize("lr", [0.0, 0, torch.tensor(0.0)], ids=["float", "int", "tensor"])
-@each_filter
-def test_zero_lr_keeps_the_parameters(kwargs: Options, lr: Any) -> None:
-    params = make_params()
+@each_own
+def test_zero_lr_keeps_the_parameters(case: Case, lr: Any) -> None:
+    params = case.params()
     before = [param.detach().clone() for param in params]
-    train(build(params, lr=lr, weight_decay=0.1, **kwargs), make_grads(params, 3))
+    train(case(params, lr=lr, weight_decay=0.1), make_grads(params, 3))
     assert_same([param.detach() for param in params], before)
 
 
-@each_filter
-def test_zero_lr_moves_the_moments(kwargs: Options) -> None:
+@each_adamw
+def test_zero_lr_moves_the_moments(case: Case) -> None:
     """So that warm-up from 0 starts with the moments of the gradients already seen."""
     params = make_params()[:2]
     grads = make_grads(params, 3)
-    still, moving = build(params, lr=0.0, **kwargs), build(clone_params(params), **kwargs)
+    still, moving = case(params, lr=0.0), case(clone_params(params))
     train(still, grads)
     train(moving, grads)
     states = [[row["exp_avg"] for row in snapshot(o)] for o in (still, moving)]
     assert_same(*states)
-
-
-# Dtypes and layouts
-
-
-@each_implementation
-@each_filter
-def test_mixed_group_equals_an_optimizer_for_each_parameter(
-    kwargs: Options, implementation: Options
-) -> None:
-    """All dtypes and layouts in one group, each as if it were alone; "cpp" has no float64."""
-    options = kwargs | implementation
-    dtypes = FLOATS[1:] if "cpp" in implementation.values() else FLOATS
-    params = [param for dtype in dtypes for param in make_params(dtype)]
-    alone = clone_params(params)
-    grads = make_grads(params, steps=3)
-    optimizer = build(params, **options)
-    train(optimizer, grads)
-    for index, param in enumerate(alone):
-        single = build([param], **options)
-        train(single, [[row[index]] for row in grads])
-        assert_same(snapshot(optimizer)[index], snapshot(single)[0], f"[{index}]")
-
-
-@each_filter
-def test_group_order_changes_nothing(kwargs: Options) -> None:
-    params, reverse = make_params(), make_params()
-    grads = make_grads(params, steps=3)
-    forward, backward = build(params, **kwargs), build(reverse[::-1], **kwargs)
-    train(forward, grads)
-    train(backward, [row[::-1] for row in grads])
-    assert_same(snapshot(backward)[::-1], snapshot(forward))
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.float32, torch.float16])
-def test_step_is_float32_whatever_the_default_dtype(default: torch.dtype) -> None:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        param = Parameter(torch.ones(3, dtype=torch.float32))
-        optimizer = build([param])
-        train(optimizer, [[torch.ones(3, dtype=torch.float32)]])
-    finally:
-        torch.set_default_dtype(before)
-    step = optimizer.state[param]["step"]
-    assert (step.dtype, step.shape, step.item()) == (torch.float32, (), 1)
-
-
-# Complex parameters
-
-
-def complex_params() -> list[Parameter]:
-    """Two complex and a real parameter, to be mixed in one group."""
-    dtype = torch.complex64
-    return [
-        Parameter(randn(10, 5, dtype=dtype)),
-        Parameter(randn(10, seed=1, dtype=dtype)),
-        Parameter(randn(10, 5, seed=2)),
-    ]
-
-
-def as_real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-@each_input
-def test_complex_parameter_equals_its_real_view(kwargs: Options) -> None:
-    """Same numbers in the same order, but not the same loop: an implementation may contract a
-    multiply-add in one and not in the other, which is an ulp of the parameter and of the update,
-    and the update is at most 3.2 * lr <= 0.032 (Kingma and Ba 2014, section 2.1)."""
-    steps = 3
-    params = complex_params()
-    reals = [Parameter(as_real(param).clone()) for param in params]
-    grads = [[randn(*p.shape, seed=i, dtype=p.dtype) for p in params] for i in range(steps)]
-    train(build(params, **kwargs), grads)
-    train(build(reals, **kwargs), [[as_real(grad) for grad in row] for row in grads])
-    for param, real in zip(params, reals, strict=True):
-        bound = steps * torch.finfo(torch.float32).eps * (real.detach().abs().double() + 0.1)
-        assert_within(as_real(param), real, bound, "param")
-
-
-@each_input
-def test_complex_parameter_equals_two_real_ones(kwargs: Options) -> None:
-    """Real and imaginary part as two parameters; tolerance as above."""
-    steps = 3
-    param = Parameter(randn(9, dtype=torch.complex64))
-    parts = [Parameter(part.detach().clone()) for part in (param.real, param.imag)]
-    grads = [randn(9, seed=i, dtype=torch.complex64) for i in range(steps)]
-    train(build([param], **kwargs), [[grad] for grad in grads])
-    train(build(parts, **kwargs), [[grad.real, grad.imag] for grad in grads])
-    expected = torch.stack([part.detach() for part in parts], dim=-1)
-    bound = steps * torch.finfo(torch.float32).eps * (expected.abs().double() + 0.1)
-    assert_within(as_real(param), expected, bound, "param")
-
-
-# What a step must leave alone
-
-
-@each_float
-@each_implementation
-def test_zero_gradients_without_decay_keep_the_parameters(
-    implementation: Options, dtype: torch.dtype
-) -> None:
-    params = make_params(dtype)
-    before = [param.detach().clone() for param in params]
-    optimizer = build(params, weight_decay=0.0, **implementation)
-    train(optimizer, [[torch.zeros_like(param) for param in params]] * 3)
-    assert_same([param.detach() for param in params], before)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@each_input_and_any_flag
-def test_step_without_gradients_changes_nothing(kwargs: Options) -> None:
-    params = make_params()
-    leaves = [p * 1 for p in params] if kwargs.get("differentiable") else params
-    optimizer = build(leaves, **kwargs)
-    before = snapshot(optimizer)
-    loss = torch.tensor([1.0])
-    assert optimizer.step(lambda: loss) is loss
-    assert_same(snapshot(optimizer), before)
-
-
-@each_input_and_flag
-def test_step_after_gradients_went_away_changes_nothing(kwargs: Options) -> None:
-    params = make_params()
-    optimizer = build(params, **kwargs)
-    train(optimizer, make_grads(params, 2))
-    optimizer.zero_grad(set_to_none=True)
-    before = snapshot(optimizer)
-    optimizer.step()
-    assert_same(snapshot(optimizer), before)
-
-
-@each_input_and_any_flag
-def test_frozen_parameters_get_no_state(kwargs: Options) -> None:
-    optimizer = build([randn(2, 3), randn(3)], **kwargs)
-    optimizer.step()
-    assert [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]] == [{}, {}]
-
-
-@each_input
-def test_late_gradient_starts_a_parameter_afresh(kwargs: Options) -> None:
-    """Its step count and its filter start at its own first gradient, not at the optimizer's."""
-    params = make_params()
-    late = clone_params(params[1:2])
-    grads = make_grads(params, steps=6)
-    optimizer, fresh = build(params, **kwargs), build(late, **kwargs)
-    train(optimizer, [[row[0], None, *row[2:]] for row in grads[:3]])
-    train(optimizer, grads[3:])
-    train(fresh, [[row[1]] for row in grads[3:]])
-    assert_same(snapshot(optimizer)[1], snapshot(fresh)[0])
-
-
-@each_implementation
-@each_filter
-def test_frozen_layer_resumes_where_it_stopped(kwargs: Options, implementation: Options) -> None:
-    params = make_params()
-    paused = clone_params(params[:1])
-    grads = make_grads(params, steps=6)
-    options = kwargs | implementation
-    optimizer, other = build(params, **options), build(paused, **options)
-    rows = [[None if 2 <= i < 4 else row[0], *row[1:]] for i, row in enumerate(grads)]
-    train(optimizer, rows)
-    train(other, [[row[0]] for row in [*grads[:2], *grads[4:]]])
-    assert_same(snapshot(optimizer)[0], snapshot(other)[0])
-
-
-@each_input_and_flag
-def test_gradients_are_never_written(kwargs: Options) -> None:
-    """Neither their values nor their storage, not even with equal values, nor the binding."""
-    params = make_params()
-    optimizer = build(params, **kwargs)
-    for row in make_grads(params, 3):
-        set_grads(params, row)
-        grads = [param.grad for param in params]
-        before = [(grad._version, grad.data_ptr()) for grad in grads]
-        optimizer.step()
-        assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
-        assert [(grad._version, grad.data_ptr()) for grad in grads] == before
-        assert_same(grads, row)
-
-
-@each_implementation
-@each_filter
-def test_state_shares_no_memory_with_gradients(kwargs: Options, implementation: Options) -> None:
-    """A gradient zeroed in place after the step must not reach the filter."""
-    params = make_params()
-    optimizer = build(params, **kwargs, **implementation)
-    train(optimizer, make_grads(params, 1))
-    before = without_grads(snapshot(optimizer))
-    optimizer.zero_grad(set_to_none=False)
-    assert_same(without_grads(snapshot(optimizer)), before)
-
-
-@each_filter
-def test_state_is_there_from_construction(kwargs: Options) -> None:
-    params = make_params()
-    optimizer = build(params, **kwargs)
-    before = [set(optimizer.state[param]) for param in params]
-    train(optimizer, make_grads(params, 1))
-    assert before == [set(optimizer.state[param]) for param in params]
-    assert "exp_avg" in before[0]

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .registry import ADAMW, Case, each_adamw
 from .torch_checks import (
-    FILTERS,
-    Options,
     assert_same,
     assert_within,
     build,
     clone_params,
-    each_filter,
     each_float,
     make_grads,
     make_params,
@@ -33,9 +31,9 @@ pytestmark = needs_cuda
 def warm() -> None:
     """Libraries load and kernels compile at their first call, which no graph can capture."""
     if torch.cuda.is_available():
-        for kwargs in FILTERS.values():
+        for case in ADAMW.values():
             params = on_cuda(make_params())
-            train(build(params, capturable=True, **kwargs), make_grads(params, steps=1))
+            train(case(params, capturable=True), make_grads(params, steps=1))
 
 
 def on_cuda(params: Sequence[Parameter]) -> list[Parameter]:
@@ -67,13 +65,13 @@ class Captured:
 # CUDA graphs
 
 
-@each_filter
-def test_replayed_graph_equals_eager_steps(kwargs: Options) -> None:
+@each_adamw
+def test_replayed_graph_equals_eager_steps(case: Case) -> None:
     """Capturing runs nothing, so the first replay is the first step and seeds the filter."""
     params = on_cuda(make_params())
     other = clone_params(params)
     grads = to_cuda(make_grads(params, steps=5))
-    optimizer, eager = (build(p, capturable=True, **kwargs) for p in (params, other))
+    optimizer, eager = (case(p, capturable=True) for p in (params, other))
     step = Captured(optimizer, params)
     for row in grads:
         step(row)
@@ -81,11 +79,11 @@ def test_replayed_graph_equals_eager_steps(kwargs: Options) -> None:
     assert_same(without_grads(snapshot(optimizer)), without_grads(snapshot(eager)))
 
 
-@each_filter
-def test_graph_reads_lr_from_the_device(kwargs: Options) -> None:
+@each_adamw
+def test_graph_reads_lr_from_the_device(case: Case) -> None:
     params = on_cuda(make_params())
     lr = torch.tensor(0.01, device="cuda")
-    step = Captured(build(params, lr=lr, capturable=True, **kwargs), params)
+    step = Captured(case(params, lr=lr, capturable=True), params)
     grads = to_cuda(make_grads(params, steps=2))
     step(grads[0])
     before = [param.detach().clone() for param in params]
@@ -124,11 +122,11 @@ def test_capture_without_capturable_is_refused() -> None:
         Captured(build(params), params)
 
 
-@each_filter
-def test_capturable_step_does_not_wait_for_the_device(kwargs: Options) -> None:
+@each_adamw
+def test_capturable_step_does_not_wait_for_the_device(case: Case) -> None:
     params = on_cuda(make_params())
     lr = torch.tensor(0.01, device="cuda")
-    optimizer = build(params, lr=lr, capturable=True, **kwargs)
+    optimizer = case(params, lr=lr, capturable=True)
     rows = to_cuda(make_grads(params, steps=2))
     train(optimizer, rows[:1])
     set_grads(params, rows[1])
@@ -145,16 +143,16 @@ def test_capturable_step_does_not_wait_for_the_device(kwargs: Options) -> None:
 # Several devices
 
 
-@each_filter
-def test_mixed_devices_equal_an_optimizer_for_each(kwargs: Options) -> None:
+@each_adamw
+def test_mixed_devices_equal_an_optimizer_for_each(case: Case) -> None:
     params = [*make_params(), *on_cuda(make_params())]
     apart = clone_params(params)
     grads = make_grads(params, steps=3)
     half = len(params) // 2
-    together = build(params, **kwargs)
+    together = case(params)
     train(together, grads)
     for part in (slice(half), slice(half, None)):
-        alone = build(apart[part], **kwargs)
+        alone = case(apart[part])
         train(alone, [row[part] for row in grads])
         assert_same(snapshot(together)[part], snapshot(alone))
 
@@ -171,27 +169,27 @@ def test_found_inf_stops_the_step_on_every_device(device: str) -> None:
     assert_same(snapshot(optimizer), before)
 
 
-@each_filter
-def test_lr_on_the_cpu_equals_lr_on_the_device(kwargs: Options) -> None:
+@each_adamw
+def test_lr_on_the_cpu_equals_lr_on_the_device(case: Case) -> None:
     params = on_cuda(make_params())
     other = clone_params(params)
     grads = make_grads(params, steps=3)
-    train(build(params, lr=torch.tensor(2.0**-7), **kwargs), grads)
-    train(build(other, lr=torch.tensor(2.0**-7, device="cuda"), **kwargs), grads)
+    train(case(params, lr=torch.tensor(2.0**-7)), grads)
+    train(case(other, lr=torch.tensor(2.0**-7, device="cuda")), grads)
     assert_same(params, other)
 
 
 @each_float
-@each_filter
-def test_cuda_step_equals_cpu_step(kwargs: Options, dtype: torch.dtype) -> None:
+@each_adamw
+def test_cuda_step_equals_cpu_step(case: Case, dtype: torch.dtype) -> None:
     """Of the first step, whose update is lr in size. Two runs of 10 roundings, half an ulp each, in
     float32 (float64 for float64), and one to the dtype of the parameter, which is an ulp where the
     two lie on two sides of a tie."""
     params = make_params(dtype)
     copies = on_cuda(params)
     row = make_grads(params, steps=1)
-    train(build(params, lr=0.01, **kwargs), row)
-    train(build(copies, lr=0.01, **kwargs), to_cuda(row))
+    train(case(params, lr=0.01), row)
+    train(case(copies, lr=0.01), to_cuda(row))
     math = torch.float64 if dtype == torch.float64 else torch.float32
     for param, copy in zip(params, copies, strict=True):
         size = param.detach().double().abs() + 0.01
@@ -204,14 +202,14 @@ def test_cuda_step_equals_cpu_step(kwargs: Options, dtype: torch.dtype) -> None:
 # State dicts that cross devices
 
 
-@each_filter
-def test_state_dict_moves_to_the_device(kwargs: Options) -> None:
+@each_adamw
+def test_state_dict_moves_to_the_device(case: Case) -> None:
     params = make_params()
-    optimizer = build(params, **kwargs)
+    optimizer = case(params)
     train(optimizer, make_grads(params, steps=3))
     state_dict = deepcopy(optimizer.state_dict())
     copies = on_cuda(params)
-    other = build(copies, **kwargs)
+    other = case(copies)
     other.load_state_dict(state_dict)
     assert_same(state_dict, optimizer.state_dict())
     for param, copy in zip(params, copies, strict=True):
@@ -240,13 +238,13 @@ def test_state_saved_on_the_cpu_continues_on_the_device(flag: str) -> None:
 # GradScaler and memory
 
 
-@each_filter
-def test_scaled_training_equals_unscaled_on_the_device(kwargs: Options) -> None:
+@each_adamw
+def test_scaled_training_equals_unscaled_on_the_device(case: Case) -> None:
     """Scales are powers of two, and the overflow in between changes nothing but the scale."""
     params = on_cuda(make_params())
     plain = clone_params(params)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=2)
-    optimizer, expected = build(params, **kwargs), build(plain, **kwargs)
+    optimizer, expected = case(params), case(plain)
     grads = to_cuda(make_grads(params, steps=4))
     bad = [torch.full_like(grad, torch.inf) for grad in grads[0]]
     for row in [*grads[:2], bad, *grads[2:]]:
@@ -258,10 +256,10 @@ def test_scaled_training_equals_unscaled_on_the_device(kwargs: Options) -> None:
     assert_same(without_grads(snapshot(optimizer)), without_grads(snapshot(expected)))
 
 
-@each_filter
-def test_step_needs_no_memory_of_the_size_of_a_parameter(kwargs: Options) -> None:
+@each_adamw
+def test_step_needs_no_memory_of_the_size_of_a_parameter(case: Case) -> None:
     params = [Parameter(torch.ones(1 << 20, device="cuda")) for _ in range(2)]
-    optimizer = build(params, fused=True, **kwargs)
+    optimizer = case(params, fused=True)
     row = [torch.ones_like(param) for param in params]
     train(optimizer, [row, row])
     torch.cuda.reset_peak_memory_stats()

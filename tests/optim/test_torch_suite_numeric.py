@@ -1,7 +1,8 @@
-"""torch's optimizer checks on GrokFastAdamW: equal implementations, AdamW, GradScaler, autograd."""
+"""torch's optimizer checks on all of the registry: implementations, GradScaler; AdamW, autograd."""
 
 import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .registry import Case, each_adamw, each_adamw_input, each_case, each_form, each_other_own
 from .torch_checks import (
     IMPLEMENTATIONS,
     Options,
@@ -16,10 +18,8 @@ from .torch_checks import (
     assert_within,
     build,
     clone_params,
-    each_filter,
     each_float,
     each_implementation,
-    each_input,
     make_grads,
     make_params,
     randn,
@@ -96,16 +96,15 @@ def copy_values(source: torch.optim.Optimizer, target: torch.optim.Optimizer) ->
 @pytest.mark.parametrize(
     "implementation", list(IMPLEMENTATIONS.values())[1:], ids=list(IMPLEMENTATIONS)[1:]
 )
-@each_filter
+@each_adamw
 @each_float
 def test_implementations_agree(
-    dtype: torch.dtype, kwargs: Options, implementation: Options, options: Options
+    dtype: torch.dtype, case: Case, implementation: Options, options: Options
 ) -> None:
     """Step by step from equal values, so that the bound is that of one step."""
-    kwargs = kwargs | options
     params = make_params(dtype)
-    reference = build(params, **kwargs, backend="reference")
-    other = build(clone_params(params), **kwargs, **implementation)
+    reference = case(params, **options, backend="reference")
+    other = case(clone_params(params), **options, **implementation)
     for row in with_pauses(make_grads(params, steps=7)):
         before = snapshot(reference)
         train(reference, [row])
@@ -123,6 +122,21 @@ def compare_step(before: list[Row], after: list[Row], actual: list[Row], group: 
         for key, bound in step_bounds(old, expected, expected["grad"], group).items():
             assert got[key].dtype == expected[key].dtype
             assert_within(got[key], expected[key], bound, key)
+
+
+@each_other_own
+def test_reference_and_fused_form_agree(case: Case) -> None:
+    """Each step from equal values: a chain of at most 12 roundings, and for 16 bits one more."""
+    params = case.params()
+    reference, other = case(params, backend="reference"), case(clone_params(params))
+    for row in make_grads(params, 5):
+        train(reference, [row])
+        train(other, [row])
+        for ours, theirs in zip(snapshot(other), snapshot(reference), strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in theirs.items():
+                largest = 1 + (value.abs().max() if value.numel() else 0)
+                assert_within(ours[name], value, 12 * 2**-23 * 5 * largest, name)
 
 
 # torch.optim.Adam and torch.optim.AdamW
@@ -202,17 +216,15 @@ def make_scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
 
 
-@each_implementation
-@each_filter
+@each_form
 @each_float
-def test_scaled_training_equals_unscaled(
-    dtype: torch.dtype, kwargs: Options, implementation: Options
-) -> None:
-    params = make_params(dtype)
+def test_scaled_training_equals_unscaled(dtype: torch.dtype, case: Case) -> None:
+    params = case.params(dtype)
     plain, scaler = clone_params(params), make_scaler()
     grads = make_grads(params, steps=5)
-    optimizer = build(params, **kwargs, **implementation)
-    expected = build(plain, **kwargs, **implementation)
+    optimizer, expected = case(params), case(plain)
+    if dtype == torch.float16 and not optimizer._step_supports_amp_scaling:
+        pytest.skip("GradScaler itself refuses to unscale gradients in float16")
     train(expected, grads)
     for row in grads:
         scaled_backward(scaler, params, row)
@@ -253,45 +265,62 @@ def test_scale_is_forgotten_after_the_step(implementation: Options) -> None:
     assert_same(snapshot(optimizer), snapshot(expected))
 
 
-@each_implementation
-@each_filter
-def test_scaled_gradients_are_not_written(kwargs: Options, implementation: Options) -> None:
-    params = make_params()
+@each_form
+def test_scaled_gradients_are_not_written(case: Case) -> None:
+    params = case.params()
     scaler = make_scaler()
-    optimizer = build(params, **kwargs, **implementation)
+    optimizer = case(params)
     scaled_backward(scaler, params, make_grads(params, steps=1)[0])
     before = [param.grad.clone() for param in params]
     scaler.step(optimizer)
-    assert_same([param.grad for param in params], before)
+    if optimizer._step_supports_amp_scaling:
+        assert_same([param.grad for param in params], before)
+    else:  # the scaler itself has divided them
+        assert_same([param.grad * 2.0**6 for param in params], before)
 
 
-@pytest.mark.parametrize("good_steps", [0, 2])
+@pytest.mark.parametrize("good_steps", [0, 2, 4])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-@each_filter
-@each_implementation
-def test_overflow_changes_nothing(
-    implementation: Options, kwargs: Options, bad: float, good_steps: int
+@each_form
+def test_overflow_changes_nothing(case: Case, bad: float, good_steps: int) -> None:
+    """Bit for bit: parameters, moments, mean, ring, sum, counters, average and options."""
+    assert_overflow(case, torch.float32, bad, good_steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("good_steps", [0, 1, 4])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@each_case
+def test_overflow_changes_nothing_in_other_dtypes(
+    case: Case, bad: float, good_steps: int, dtype: torch.dtype
 ) -> None:
-    params, scaler = make_params(), make_scaler()
-    optimizer = build(params, weight_ema=0.9, **kwargs, **implementation)
+    assert_overflow(case, dtype, bad, good_steps)
+
+
+def assert_overflow(case: Case, dtype: torch.dtype, bad: float, good_steps: int) -> None:
+    params, scaler = case.params(dtype), make_scaler()
+    more = {"weight_ema": 0.9} if "weight_ema" in case([params[0]]).defaults else {}
+    optimizer = case(params, **more)
     train(optimizer, make_grads(params, good_steps))
-    before = without_grads(snapshot(optimizer))
     row = make_grads(params, 1)[0]
     row[3][1, 2] = bad
     scaled_backward(scaler, params, row)
+    before = deepcopy((without_grads(snapshot(optimizer)), optimizer.state_dict()))
     scaler.step(optimizer)
-    assert_same(without_grads(snapshot(optimizer)), before)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**5
+    assert_same((without_grads(snapshot(optimizer)), optimizer.state_dict()), before)
 
 
-@each_implementation
-def test_training_goes_on_after_an_overflow(implementation: Options) -> None:
+@each_form
+def test_training_goes_on_after_an_overflow(case: Case) -> None:
     """As if the step had not been; the scale is halved and still a power of two."""
-    params, scaler = make_params(), make_scaler()
+    params, scaler = case.params(), make_scaler()
     plain = clone_params(params)
-    optimizer, expected = build(params, **implementation), build(plain, **implementation)
-    grads = make_grads(params, 3)
+    optimizer, expected = case(params), case(plain)
+    grads = make_grads(params, 6)
     bad = [torch.full_like(grad, torch.inf) for grad in grads[0]]
-    for row in [grads[0], bad, *grads[1:]]:
+    for row in [*grads[:3], bad, *grads[3:]]:
         scaled_backward(scaler, params, row)
         scaler.step(optimizer)
         scaler.update()
@@ -353,32 +382,32 @@ def float64_inputs(count: int) -> list[Tensor]:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("seeded", [True, False])
-@each_input
-def test_gradcheck_through_two_steps(kwargs: Options, seeded: bool) -> None:
+@each_adamw_input
+def test_gradcheck_through_two_steps(case: Case, seeded: bool) -> None:
     def steps(*tensors: Tensor) -> Any:
-        return differentiable_steps(kwargs, seeded, *tensors)
+        return differentiable_steps(case.options, seeded, *tensors)
 
     assert torch.autograd.gradcheck(steps, float64_inputs(6))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@each_filter
-def test_gradcheck_of_the_learning_rate(kwargs: Options) -> None:
+@each_adamw
+def test_gradcheck_of_the_learning_rate(case: Case) -> None:
     def steps(lr: Tensor, *tensors: Tensor) -> Any:
-        return differentiable_steps(kwargs | {"lr": lr}, True, *tensors)[0]
+        return differentiable_steps(case.options | {"lr": lr}, True, *tensors)[0]
 
     lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(steps, (lr, *float64_inputs(6)))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@each_input
-def test_differentiable_step_has_the_values_of_a_plain_one(kwargs: Options) -> None:
+@each_adamw_input
+def test_differentiable_step_has_the_values_of_a_plain_one(case: Case) -> None:
     """Two steps of 10 roundings, of values that no term exceeds (see step_bounds)."""
     inputs = float64_inputs(6)
     with torch.no_grad():
         expected = [value.clone() for value in inputs]
-    param, *_ = differentiable_steps(kwargs, True, *inputs)
-    plain = differentiable_steps({**kwargs, "differentiable": False}, True, *expected)[0]
+    param, *_ = differentiable_steps(case.options, True, *inputs)
+    plain = differentiable_steps({**case.options, "differentiable": False}, True, *expected)[0]
     bound = 2 * 10 * torch.finfo(torch.float64).eps * expected[0]
     assert_within(param, plain, bound, "param")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trm_fast.optim import AdamATan2, GrokFastAdamW, GrokFastSGD, WeightEMA
 
-from .filter_checks import each_own, two_linear
+from .filter_checks import two_linear
+from .registry import Case, each_averaging
 from .torch_checks import assert_same, assert_within, make_grads, randn, set_grads, train
 
 KINDS = {
@@ -275,13 +276,13 @@ def test_spoilt_state_dict_changes_nothing(spoil: Callable[[dict[str, Any]], Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@each_own
-def test_average_of_an_optimizer_equals_the_one_beside_it(build: Any, dtype: torch.dtype) -> None:
+@each_averaging
+def test_average_of_an_optimizer_equals_the_one_beside_it(case: Case, dtype: torch.dtype) -> None:
     """Both start at the weights and see them after each step; one sees them before they are rounded
     to bfloat16, which is at most 2**-9 of a weight, and each of the 10 steps adds up to 0.1 of it.
     """
     model = two_linear().to(dtype)
-    optimizer = build(model.parameters())
+    optimizer = case(model.parameters(), weight_ema=0.9)
     inside, beside = WeightEMA.of(optimizer, model), WeightEMA(model, 0.9)
     assert (inside.decay, inside.average.keys()) == (0.9, beside.average.keys())
     for row in make_grads(list(model.parameters()), 10):

@@ -1,29 +1,18 @@
 """What the checks of torch's own optimizer suite are run over: inputs, gradients, comparisons.
 
-The checks follow pytorch/pytorch `test/test_optim.py` (TestOptimRenewed) and `test/optim/`; the
-inputs are those of `torch/testing/_internal/common_optimizers.py`, a part of the torch wheel.
+The checks follow pytorch/pytorch `test/test_optim.py` (TestOptimRenewed) and `test/optim/`.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.testing._internal.common_optimizers import (
-    OptimizerInfo,
-    OptimizerInput,
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
-    optim_error_inputs_func_adamw,
-    optim_inputs_func_adam,
-    optim_inputs_func_adamw,
-)
 
 from trm_fast import BackendError
 from trm_fast._dispatch import unusable
@@ -33,11 +22,6 @@ Options = dict[str, Any]
 
 STATES = ("exp_avg", "exp_avg_sq", "grok_exp_avg", "weight_ema")
 
-FILTERS: dict[str, Options] = {
-    "lamb0": {"lamb": 0.0},
-    "ema": {"lamb": 2.0},
-    "highpass": {"lamb": 2.0, "filter": "highpass"},
-}
 # Ways of asking for an implementation; the first is the meaning that the others are compared with.
 IMPLEMENTATIONS: dict[str, Options] = {
     "reference": {"backend": "reference"},
@@ -56,59 +40,8 @@ needs_cpp = pytest.mark.skipif(
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def _torch_inputs(device: str, dtype: torch.dtype | None) -> Iterable[tuple[str, Options]]:
-    """torch's inputs for AdamW, and for Adam with its own default of no weight decay."""
-    for optim_input in optim_inputs_func_adamw(device, dtype):
-        yield f"adamw {optim_input.desc}", optim_input.kwargs
-    for optim_input in optim_inputs_func_adam(device, dtype):
-        adam = {"decoupled_weight_decay": False, "weight_decay": 0.0}
-        yield f"adam {optim_input.desc}", adam | optim_input.kwargs
-
-
-def _inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
-    cases = [
-        (desc, {key: value for key, value in kwargs.items() if key != "amsgrad"})
-        for desc, kwargs in _torch_inputs(device, dtype)
-        if not kwargs.get("amsgrad")
-    ]
-    return [
-        OptimizerInput(params=None, kwargs=deepcopy(kwargs) | options, desc=f"{desc}, {name}")
-        for (desc, kwargs), (name, options) in itertools.product(cases, FILTERS.items())
-    ]
-
-
-_TORCH = [info for info in optim_db if info.optim_cls in (torch.optim.Adam, torch.optim.AdamW)]
-INFO = OptimizerInfo(
-    GrokFastAdamW,
-    optim_inputs_func=_inputs,
-    optim_error_inputs_func=optim_error_inputs_func_adamw,
-    scheduler_inputs=tuple(itertools.chain(*(info.scheduler_inputs for info in _TORCH))),
-    supported_impls=("foreach", "differentiable", "fused"),
-    not_og_supported_flags=_TORCH[0].not_og_supported_flags,
-    supports_fused_on=("cpu", "cuda"),
-    has_capturable_arg=True,
-)
-
-
-def _parametrize(inputs: Sequence[OptimizerInput]) -> pytest.MarkDecorator:
-    cases = [pytest.param(case.kwargs, id=case.desc.replace(" ", "_")) for case in inputs]
-    return pytest.mark.parametrize("kwargs", cases)
-
-
-with_flags = partial(_get_optim_inputs_including_global_cliquey_kwargs, "cpu", None, INFO)
-each_input = _parametrize(_inputs("cpu"))
-# torch's suite leaves `differentiable` out where a step would have to write to a leaf.
-each_input_and_flag = _parametrize(with_flags(skip=("differentiable",)))
-each_input_and_any_flag = _parametrize(with_flags())
-each_filter = pytest.mark.parametrize("kwargs", FILTERS.values(), ids=FILTERS)
 each_implementation = pytest.mark.parametrize(
     "implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS
-)
-# The flags of which torch's suite takes one at a time.
-each_flag = pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"lamb": 0.0}, {"foreach": True}, {"fused": True}, {"differentiable": True}],
-    ids=["ema", "lamb0", "foreach", "fused", "differentiable"],
 )
 each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 
@@ -166,6 +99,18 @@ def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Param
         Parameter(randn(3, 8, seed=seed + 3).to(dtype).t()),
         Parameter(randn(seed=seed + 4).to(dtype)),
         Parameter(randn(0, seed=seed + 5).to(dtype)),
+    ]
+
+
+def make_matrices(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Parameter]:
+    """Matrices alone: wide, tall, a strided view, a permuted one, a row and an empty one."""
+    return [
+        Parameter(randn(10, 5, seed=seed).to(dtype)),
+        Parameter(randn(6, 9, seed=seed + 1).to(dtype)),
+        Parameter(randn(7, 4, 2, seed=seed + 2).to(dtype)[..., 0]),
+        Parameter(randn(3, 8, seed=seed + 3).to(dtype).t()),
+        Parameter(randn(1, 7, seed=seed + 4).to(dtype)),
+        Parameter(randn(0, 4, seed=seed + 5).to(dtype)),
     ]
 
 
@@ -240,3 +185,18 @@ def one(*values: float, dtype: torch.dtype = torch.float32) -> Parameter:
 
 def step_with(optimizer: torch.optim.Optimizer, *grads: Tensor | None) -> None:
     train(optimizer, [grads])
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def everything(optimizer: torch.optim.Optimizer) -> Any:
+    """Copies of parameters, gradients, all state and the options."""
+    return deepcopy((snapshot(optimizer), optimizer.state_dict()))
+
+
+def unclipped(optimizer: Any) -> Any:
+    """Without the one thing that parameters share in a step."""
+    optimizer.clip_norm = None
+    return optimizer
