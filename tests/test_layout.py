@@ -1,6 +1,7 @@
 """One word per system in every tree, and no recipe known by name below the recipes."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +73,13 @@ def test_train_and_cli_know_no_recipe_and_no_setting_of_one(path):
 def test_train_and_cli_import_no_system(path):
     text = path.read_text()
     assert [system for system in SYSTEMS if f"trm_fast.recipes.{system}" in text] == []
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_of_a_page_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    local = [link for link in links if not link.startswith(("http:", "https:", "mailto:"))]
+    assert [link for link in local if not (page.parent / link).exists()] == []
