@@ -134,11 +134,12 @@ def home_of(name: str, modules: Mapping[str, Path]) -> str | None:
 
 
 def circles(modules: Mapping[str, Path]) -> list[list[str]]:
-    """The files of each package that import each other, in a row of which each imports the next."""
+    """The files that import each other, in a row of which each imports the next."""
     graph = {}
     for module, path in modules.items():
-        homes = {home_of(name, modules) for name in imports(path, module)} - {module, None}
-        graph[module] = {home for home in homes if layer_of(home) == layer_of(module)}
+        homes = {home_of(name, modules) for name in imports(path, module)}
+        # The package itself only hands names on; what it is asked for is often a library.
+        graph[module] = {home for home in homes if home not in (module, "trm_fast", None)}
     found: dict[frozenset[str], list[str]] = {}
     for start in sorted(graph):
         row = way_back(graph, start)
@@ -160,7 +161,7 @@ def way_back(graph: Mapping[str, set[str]], start: str) -> list[str]:
     return []
 
 
-def test_there_is_no_circle_inside_a_package():
+def test_no_files_import_each_other():
     found = circles(MODULES)
     assert not found, "\n".join(" -> ".join(row) for row in found)
 
@@ -182,7 +183,8 @@ def test_circles_are_found_however_they_are_written(tmp_path):
         modules[name] = tmp_path / f"{name_of_file}.py"
         modules[name].write_text(source)
     row = ["trm_fast.nn.a", "trm_fast.nn.b", "trm_fast.nn.c", "trm_fast.nn.a"]
-    assert circles(modules) == [row]
+    across = ["trm_fast.nn.d", "trm_fast.optim.e", "trm_fast.nn.d"]
+    assert circles(modules) == [row, across]
 
 
 def test_sources_are_read_as_meant(tmp_path):
