@@ -87,7 +87,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _state() -> dict[str, Any]:
     """What belongs to the process and has to be as it was."""
-    variables = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    # The compiler keeps its own there, for as long as the process lives.
+    own = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return {
         "default dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),

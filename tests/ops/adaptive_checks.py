@@ -84,7 +84,7 @@ def lists_of(items: Iterable[Item]) -> list[list[Tensor]]:
     return [[item[name] for item in items if name in item] for name in LISTS]
 
 
-def kept_step(item: Item, backend: str) -> AdaptiveStep:
+def kept_step(item: Item, backend: str | None = None) -> AdaptiveStep:
     """The checked step of one tensor, which can be taken again with other gradients."""
     params, grads, *states = lists_of([item])
     return AdaptiveStep(params, grads, States(*states), backend=backend)

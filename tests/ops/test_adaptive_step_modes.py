@@ -15,7 +15,7 @@ from trm_fast.ops import Settings, _adaptive_filters, _adaptive_settings, adapti
 from trm_fast.ops._adaptive_filters import FILTERS
 from trm_fast.ops._adaptive_settings import NUMBERS, RULES, Vocabulary
 
-from .adaptive_checks import assert_same_bits, copies, fitted, lists_of, make, run
+from .adaptive_checks import assert_same_bits, copies, fitted, kept_step, make, run
 
 HEADER = Path(__file__).parents[2] / "csrc/adaptive_step/settings.h"
 FAST = [
@@ -239,7 +239,7 @@ def test_a_kept_step_chooses_for_each_mode(monkeypatch, fast="cpp"):
     lacking(monkeypatch, "highpass")
     item = make()
     with use_backend(None):
-        step = trm_fast.ops.AdaptiveStep(*lists_of([item]))
+        step = kept_step(item)
         for filter_, chosen in (("ema", fast), ("highpass", "reference"), ("ema", fast)):
             step([item["grad"]], Settings(1e-2, filter=filter_, lamb=2.0))
             admitted = step._choices[("adamw", filter_, ())]

@@ -60,7 +60,8 @@ def without_names(state_dict: dict[str, Any]) -> dict[str, Any]:
         {k: v for k, v in group.items() if k != "param_names"}
         for group in state_dict["param_groups"]
     ]
-    return {**state_dict, "param_groups": groups}
+    inside = {k: without_names(v) for k, v in state_dict.items() if k == "optimizer"}
+    return {**state_dict, **inside, "param_groups": groups}
 
 
 # Round trips

@@ -74,6 +74,7 @@ def _tensors(params: Any) -> Iterable[Tensor]:
 def build(params: Any, **kwargs: Any) -> GrokFastAdamW:
     """An optimizer, or a skip with the reason why the implementation asked for cannot run."""
     choice = frozenset((k, kwargs[k]) for k in ("backend", "fused", "foreach") if kwargs.get(k))
+    params = params if isinstance(params, Tensor) else list(params)
     tensors = list(_tensors(params))
     device = "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
     if choice and (reason := _why_not(device, frozenset([torch.float32]), choice)):
