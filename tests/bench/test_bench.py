@@ -310,3 +310,14 @@ def test_the_decoder_of_the_tables_is_that_of_the_recipe() -> None:
         "assert SIZES['grokking decoder'] == shapes, shapes"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_committed_results_are_compared_in_the_checkout() -> None:
+    # From here pytest-benchmark imports the conftest.py of the tests, in its own way.
+    command = [sys.executable, "-m", "pytest_benchmark", "--storage=bench/results", "compare"]
+    done = subprocess.run(
+        [*command, "0001", "0003", "-k", "filter_sums", "--between=median"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "'Sums of gradients and means, TRM 7M, cpu': 5 tests, 2 sources" in done.stdout
