@@ -177,6 +177,7 @@ def test_the_json_has_groups_samples_and_our_columns(folder: Folder) -> None:
     assert {"trm_fast", "trm_fast_commit", "compiler", "load_average"} <= {*commit}
 
 
+@pytest.mark.long
 def test_tables_are_printed_side_by_side(folder: Folder) -> None:
     done = folder.bench("-k", "second")
     table = done.stdout[done.stdout.index("bench, side by side") :]
@@ -188,6 +189,7 @@ def test_tables_are_printed_side_by_side(folder: Folder) -> None:
     assert " 1.00x " in base and " 250 B " in base and base.rstrip().endswith("2.05 kB")
 
 
+@pytest.mark.long
 def test_two_saved_runs_are_compared(folder: Folder) -> None:
     assert folder.bench("-k", "first", "--benchmark-autosave").returncode == 0
     done = folder.bench("-k", "first", "--benchmark-autosave", "--benchmark-compare")
@@ -202,6 +204,7 @@ def test_two_saved_runs_are_compared(folder: Folder) -> None:
     assert "First table" in done.stdout and "2 sources" in done.stdout
 
 
+@pytest.mark.long
 def test_a_regression_fails_and_the_tables_are_still_printed(folder: Folder) -> None:
     assert folder.bench("-k", "first", "--benchmark-autosave").returncode == 0
     (saved,) = (folder.path / ".benchmarks").rglob("*.json")
@@ -215,6 +218,7 @@ def test_a_regression_fails_and_the_tables_are_still_printed(folder: Folder) -> 
     assert "Performance has regressed" in done.stdout and "bench, side by side" in done.stdout
 
 
+@pytest.mark.long
 def test_a_histogram_is_written_or_pygal_is_asked_for(folder: Folder) -> None:
     done = folder.bench("-k", "first", "--benchmark-histogram=plots/x")
     try:
@@ -227,6 +231,7 @@ def test_a_histogram_is_written_or_pygal_is_asked_for(folder: Folder) -> None:
         assert "test_tiny[first-fast]" in plot.read_text()
 
 
+@pytest.mark.long
 def test_disabled_each_row_takes_one_step(folder: Folder) -> None:
     done = folder.bench("-k", "first", "--benchmark-disable")
     assert done.returncode == 0 and outcomes(done).startswith("3 passed")
@@ -241,6 +246,7 @@ def test_disabled_each_row_takes_one_step(folder: Folder) -> None:
     assert "side by side" not in done.stdout
 
 
+@pytest.mark.long
 def test_under_xdist_nothing_is_timed(folder: Folder) -> None:
     done = folder.bench("-k", "first", "-n2", "--benchmark-json=x.json")
     assert done.returncode == 0 and outcomes(done).startswith("3 passed")
@@ -250,6 +256,7 @@ def test_under_xdist_nothing_is_timed(folder: Folder) -> None:
     assert sorted(steps) == ["first base", "first fast", "first floor"]
 
 
+@pytest.mark.long
 def test_one_row_is_measured_with_its_baseline_and_floor(folder: Folder) -> None:
     done = folder.bench("-k", "second and fast", "--benchmark-json=x.json", "--benchmark-only")
     assert done.returncode == 0 and outcomes(done).startswith("1 passed")
@@ -276,6 +283,7 @@ def test_broken_rows_fail_alone(broken: Folder) -> None:
     assert "AssertionError: the table is wrong" in done.stdout
 
 
+@pytest.mark.long
 def test_a_broken_baseline_costs_the_ratios_only(tmp_path: Path) -> None:
     folder = Folder(tmp_path, NO_BASELINE)
     done = folder.bench("-k", "fast", "--benchmark-json=x.json")
@@ -285,6 +293,7 @@ def test_a_broken_baseline_costs_the_ratios_only(tmp_path: Path) -> None:
     assert "bad check: AssertionError: error must be small; got 1" in done.stdout
 
 
+@pytest.mark.long
 def test_rows_left_out_are_measured_on_demand(folder: Folder) -> None:
     listed = ("--collect-only", "-q")
     assert "7 tests collected" in folder.bench(*listed).stdout.replace("7/11", "7")
@@ -293,16 +302,19 @@ def test_rows_left_out_are_measured_on_demand(folder: Folder) -> None:
     assert "test_tiny[first-rare]" in folder.bench(*listed, "-k", "rare").stdout
 
 
+@pytest.mark.long
 def test_the_interpreter_of_triton_is_never_timed(folder: Folder) -> None:
     done = folder.bench(TRITON_INTERPRET="1")
     assert done.returncode == 4 and "unset TRITON_INTERPRET" in done.stdout
 
 
+@pytest.mark.long
 def test_without_pytest_benchmark_the_message_names_the_command(folder: Folder) -> None:
     done = folder.run("pytest", "bench", "-p", "no:benchmark")
     assert done.returncode == 4 and "pip install -e '.[bench]'" in done.stdout
 
 
+@pytest.mark.long
 def test_the_decoder_of_the_tables_is_that_of_the_recipe() -> None:
     code = (
         "from bench._workload import SIZES; from trm_fast.recipes.grokking.model import Decoder; "
@@ -312,6 +324,7 @@ def test_the_decoder_of_the_tables_is_that_of_the_recipe() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.long
 def test_committed_results_are_compared_in_the_checkout() -> None:
     # From here pytest-benchmark imports the conftest.py of the tests, in its own way.
     command = [sys.executable, "-m", "pytest_benchmark", "--storage=bench/results", "compare"]

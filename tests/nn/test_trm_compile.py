@@ -38,7 +38,9 @@ def train(model: TinyRecursiveModel, compiler: str | None) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", None])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("reference", marks=pytest.mark.long), "cpp", None]
+)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
 def test_a_step_is_one_graph(mixer, backend):
     skip_unless_usable(backend or "reference")

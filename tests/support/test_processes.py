@@ -35,6 +35,7 @@ def test_ranks_talk_to_each_other() -> None:
     assert run_ranks(summed, 2.0, ranks=3) == [12.0] * 3
 
 
+@pytest.mark.long
 def test_runs_beside_each_other_do_not_meet() -> None:
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(run_ranks, summed, value) for value in (1.0, 2.0)]

@@ -207,6 +207,7 @@ def weights(out: Path) -> bytes:
     return (out / "ckpt" / latest / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long
 def test_processes_that_are_interrupted_and_killed_end_with_the_same_bytes(tmp_path):
     whole, out, log = tmp_path / "whole", tmp_path / "parts", tmp_path / "log"
 

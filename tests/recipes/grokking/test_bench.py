@@ -246,6 +246,7 @@ def test_the_claim_of_a_killed_process_is_free(tmp_path):
         assert mine
 
 
+@pytest.mark.long
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_train_every_run_once(tmp_path, capfd):
