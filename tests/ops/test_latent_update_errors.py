@@ -307,3 +307,30 @@ def test_native_code_refuses_sizes_that_do_not_fit():
     ):
         with pytest.raises(RuntimeError, match="latent_update: needs"):
             call(*args)
+
+
+@pytest.fixture
+def unknown_mixer(monkeypatch) -> Network:
+    """A mixer that the page lists, and nothing else has heard of."""
+    import importlib
+
+    from trm_fast.ops import _latent_arguments
+
+    page = importlib.import_module("trm_fast.ops.latent_update")
+    mixers = (*_latent_arguments.MIXERS, "scan")
+    monkeypatch.setattr(_latent_arguments, "MIXERS", mixers)
+    monkeypatch.setitem(page._KNOWN, "reference", mixers)
+    monkeypatch.setattr(_latent_arguments, "_shapes", lambda x, network, layer: layer.shapes)
+    return Network("scan")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_a_backend_refuses_a_mixer_that_it_does_not_know(backend, unknown_mixer):
+    skip_unless_usable(backend)
+    with pytest.raises(trm_fast.BackendError, match=f"{backend} does not know mixer 'scan'"):
+        latent_update(X, X, X, MIX, unknown_mixer, backend=backend)
+
+
+def test_no_mixer_stands_for_another_one(unknown_mixer):
+    with pytest.raises(ValueError, match="latent_update: there is no form of mixer 'scan'"):
+        latent_update(X, X, X, MIX, unknown_mixer)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Counts(NamedTuple):
         return self.grad_cycles * (self.n + 1)
 
 
+Mixer = Literal["mlp_t", "attention"]
+MIXERS: tuple[Mixer, ...] = get_args(Mixer)
+
+
 @dataclass(frozen=True)
 class Network:
     """The settings of a network besides its weights.
@@ -53,15 +57,14 @@ class Network:
         eps: added to the mean square in each norm.
     """
 
-    mixer: Literal["mlp_t", "attention"]
+    mixer: Mixer
     heads: int = 8
     theta: float | None = 10000.0
     eps: float = 1e-5
 
-    @property
-    def attention_heads(self) -> int:
-        """Heads, or 0 where there is no attention, as the C++ form takes them."""
-        return self.heads if self.mixer == "attention" else 0
+    def no_form(self) -> ValueError:
+        """Returns the error of a place that knows other mixers than this one."""
+        return ValueError(f"latent_update: there is no form of mixer {self.mixer!r}")
 
 
 def layers_of(weights: Sequence[Tensor]) -> list[LayerWeights]:
@@ -94,10 +97,9 @@ def check_states(x: Tensor, y: Tensor, z: Tensor) -> None:
 def check_network(x: Tensor, weights: Sequence[Tensor], network: Network) -> None:
     if not isinstance(network, Network):
         raise TypeError(f"latent_update: network must be a Network; got {type(network).__name__}")
-    if network.mixer not in ("mlp_t", "attention"):
-        raise ValueError(
-            f"latent_update: mixer must be 'mlp_t' or 'attention'; got {network.mixer!r}"
-        )
+    if network.mixer not in MIXERS:
+        known = " or ".join(map(repr, MIXERS))
+        raise ValueError(f"latent_update: mixer must be {known}; got {network.mixer!r}")
     if not weights or len(weights) % WEIGHTS_PER_LAYER:
         raise ValueError(
             f"latent_update: weights must be 4 for each layer, one layer or more; got "
@@ -149,8 +151,10 @@ def _shapes(x: Tensor, network: Network, layer: LayerWeights) -> tuple[tuple[int
     inner, mix_inner = _columns(layer.down), _columns(layer.mix_out)
     if network.mixer == "mlp_t":
         mix = (2 * mix_inner, length), (length, mix_inner)
-    else:
+    elif network.mixer == "attention":
         mix = (3 * width, width), (width, width)
+    else:
+        raise network.no_form()
     return *mix, (2 * inner, width), (width, inner)
 
 

@@ -191,7 +191,11 @@ def _step_one(
     if grok_exp_avg is not None and grok_step is not None:
         if s.filter == "ma" and ring is not None:
             g = moving_average(s, g, grok_exp_avg, grok_step, ring, t, lamb, keep)
-        elif s.filter != "none" and not s.windowed:
+        elif s.windowed:
+            raise ValueError(
+                f"adaptive_step_: the reference has no filter {s.filter!r} of a window"
+            )
+        elif s.filter != "none":
             g = exponential_average(s, g, grok_exp_avg, grok_step, sums, factor, t, lamb, keep)
 
     if s.rule in ("adam", "sgd"):

@@ -43,6 +43,7 @@ from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._latent_arguments import (
+    MIXERS,
     Counts,
     LayerWeights,
     Network,
@@ -117,8 +118,8 @@ def latent_update(
     y, z = y.to(x.dtype), z.to(x.dtype)
     if torch.compiler.is_compiling() and x.device.type != "cpu" and named_backend() is None:
         backend = backend or "reference"  # which the compiler fuses; on a CPU it cannot do as well
-    sizes = _unsuited_sizes(x, weights, network)
-    choice = _op.choose(x.device.type, frozenset({x.dtype}), backend, sizes)
+    details = Details(network.mixer, _size_reason(x, weights, network))
+    choice = _op.choose(x.device.type, frozenset({x.dtype}), backend, details)
     with without_autocast(x):
         out: tuple[Tensor, Tensor] = choice.run(x, y, z, list(weights), network, counts, recompute)
     return out
@@ -154,8 +155,10 @@ class _Layers:
         backend = self.backend
         if self.network.mixer == "mlp_t":
             mixed, dim = token_mixer(h, w.mix_in, w.mix_out, backend=backend), -2
-        else:
+        elif self.network.mixer == "attention":
             mixed, dim = self._attention(h, w.mix_in, w.mix_out), -1
+        else:
+            raise self.network.no_form()
         h = self._norm(mixed, h, dim)
         return self._norm(swiglu(h, w.gate_up, w.down, backend=backend), h, -1)
 
@@ -253,7 +256,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Saved]:
     """Returns y, z, and what the backward pass needs."""
-    heads, batch = network.attention_heads, x.shape[0]
+    heads, batch = _CPP_HEADS[network.mixer](network), x.shape[0]
     layers = layers_of(weights)
     calls = counts.calls * len(layers)
     kept_bytes = _kept_bytes(x, layers[0], heads) if keep else 0
@@ -317,15 +320,35 @@ class _Fused(torch.autograd.Function):
         dweights = [torch.zeros_like(weight) for weight in weights]
         torch.ops.trm_fast.latent_update_backward_(
             x, weights, _rope(x, network), states, scales, kept, dx, dy, dz, dweights,
-            network.attention_heads, network.eps, counts.n, counts.grad_cycles,
+            _CPP_HEADS[network.mixer](network), network.eps, counts.n, counts.grad_cycles,
         )  # fmt: skip
         starts = (dy, dz) if counts.grad_cycles == counts.T else (None, None)
         return dx, *starts, None, None, None, *dweights
 
 
-def _unsuited_sizes(x: Tensor, weights: Sequence[Tensor], network: Network) -> str | None:
-    """Returns why the C++ form cannot run these sizes, or None; in words, because sizes that the
-    compiler does not know cannot be the details of a call."""
+# How the C++ form is asked for each mixer that it knows: by the heads, of which a layer over the
+# tokens has none.
+_CPP_HEADS: dict[str, Callable[[Network], int]] = {
+    "mlp_t": lambda network: 0,
+    "attention": lambda network: network.heads,
+}
+_KNOWN = {"reference": MIXERS, "triton": ("mlp_t", "attention"), "cpp": tuple(_CPP_HEADS)}
+
+
+class Details(NamedTuple):
+    """What decides besides device and dtype.
+
+    Args:
+        mixer: of the network.
+        size_reason: why the C++ form cannot run the sizes, or None; in words, because sizes that
+            the compiler does not know cannot be the details of a call.
+    """
+
+    mixer: str
+    size_reason: str | None
+
+
+def _size_reason(x: Tensor, weights: Sequence[Tensor], network: Network) -> str | None:
     first, *others = layers_of(weights)
     width, inner = x.shape[2], first.down.shape[1]
     if width % 32 or inner % 32:
@@ -337,12 +360,16 @@ def _unsuited_sizes(x: Tensor, weights: Sequence[Tensor], network: Network) -> s
         if mix_inner % 2 == 0 and mix_inner:
             return None
         return f"needs an even inner width of the token mixer; got {mix_inner}"
-    dim = width // network.heads
-    return f"needs a head dim in multiples of 16; got {dim}" if dim % 16 else None
+    if network.mixer == "attention" and (width // network.heads) % 16:
+        return f"needs a head dim in multiples of 16; got {width // network.heads}"
+    return None
 
 
 def _refuses(backend: str, call: Call) -> str | None:
     (dtype,) = call.dtypes
+    details: Details | None = call.details
+    if details is not None and details.mixer not in _KNOWN[backend]:
+        return f"{backend} does not know mixer {details.mixer!r}"
     if backend == "triton" and dtype == torch.float64:
         return "computes in float32; got float64, which runs on the reference"
     if backend != "cpp":
@@ -353,8 +380,7 @@ def _refuses(backend: str, call: Call) -> str | None:
     if not torch.ops.trm_fast.latent_update_cpu_ready(dtype == torch.bfloat16):
         wanted = "AVX512-BF16" if dtype == torch.bfloat16 else "AVX-512"
         return f"needs a CPU with {wanted}"
-    unsuited_sizes: str | None = call.details
-    return unsuited_sizes
+    return None if details is None else details.size_reason
 
 
 _native.LIBRARY.define(
@@ -388,7 +414,7 @@ def _examples(
     layers = 2 if len(shape) >= 3 else 1
     return {
         mixer: _example((batch, max(3, length), width), mixer, layers, dtype, device)
-        for mixer in ("mlp_t", "attention")
+        for mixer in MIXERS
     }
 
 
