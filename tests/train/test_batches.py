@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from trm_fast.train import Batches, EpochBatches, RepeatedBatches
-from trm_fast.train._rng import fork_rng, generators, seed_everything, set_generators
 from trm_fast.train.batches import iterator_of, take, to_device
+from trm_fast.train.generators import fork_rng, generators, seed_everything, set_generators
 
 CPU = torch.device("cpu")
 

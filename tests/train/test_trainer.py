@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_run_and_another_one_does_not(tmp_path):
 def test_the_loop_can_be_in_other_hands(tmp_path):
     function_run(tmp_path).fit()
     trainer = function_run(None)
-    from trm_fast.train._rng import seed_everything
+    from trm_fast.train.generators import seed_everything
 
     with torch.random.fork_rng():
         seed_everything(0)

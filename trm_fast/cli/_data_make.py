@@ -17,7 +17,7 @@ from trm_fast.cli._tables import printable
 from trm_fast.data import _native
 from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.sources.official import write_official
-from trm_fast.train import _files
+from trm_fast.train import files
 
 Array = NDArray[Any]
 
@@ -66,25 +66,25 @@ def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
             raise ValueError(
                 f"data make: --overwrite replaces data sets only; got {out} with {strange}"
             )
-    with _files.explained("data make", out):
+    with files.explained("data make", out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, old = _files.temporary(out.parent), _files.temporary(out.parent)
+        unfinished, old = files.temporary(out.parent), files.temporary(out.parent)
         try:
             unfinished.mkdir()
             yield unfinished
             if out.exists():
                 os.rename(out, old)
             os.rename(unfinished, out)
-            _files.sync_directory(out.parent)
+            files.sync_directory(out.parent)
         except BaseException:
             # Between the two renames the old one is the only one.
             if old.exists() and not out.exists():
                 os.rename(old, out)
             raise
         finally:
-            _files.remove(unfinished)
+            files.remove(unfinished)
             if out.exists():
-                _files.remove(old)
+                files.remove(old)
 
 
 def _strange(directory: Path) -> str | None:

@@ -74,16 +74,16 @@ def _show(reports: "Sequence[RunReport]") -> None:
 
 def _write(reports: "Sequence[RunReport]", out: Path, html: bool) -> list[str]:
     """Writes the files, each whole or not at all; returns what to say about them."""
-    from trm_fast.train import _files
+    from trm_fast.train import files
     from trm_fast.train.reports.curves import png, svg
     from trm_fast.train.reports.page import page
 
-    files = {"curves.png": png(reports)}
+    pages = {"curves.png": png(reports)}
     if html:
-        files["report.html"] = page(reports, svg(reports)).encode("utf-8", "replace")
-    with _files.explained("report", out):
+        pages["report.html"] = page(reports, svg(reports)).encode("utf-8", "replace")
+    with files.explained("report", out):
         out.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            _files.replace(out / name, data)
+        for name, data in pages.items():
+            files.replace(out / name, data)
     kinds = {"curves.png": "curves", "report.html": "page"}
-    return ["", *(f"{kinds[name]}: {out / name}" for name in files)]
+    return ["", *(f"{kinds[name]}: {out / name}" for name in pages)]

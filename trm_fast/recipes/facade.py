@@ -16,8 +16,8 @@ from trm_fast.nn.evaluating import evaluating
 from trm_fast.recipes.epoch_report import EpochReport, History, Scores
 from trm_fast.recipes.pt_file import check_model, read_pt, write_pt
 from trm_fast.train import Callback, EarlyStopping, EpochBatches, Objective, Trainer, TrainerConfig
-from trm_fast.train._rng import fork_rng
 from trm_fast.train.distributed import World
+from trm_fast.train.generators import fork_rng
 from trm_fast.train.meter import Meter
 from trm_fast.train.objective import Metrics
 

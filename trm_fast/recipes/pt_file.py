@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trm_fast.train import _files
+from trm_fast.train import files
 
 
 def write_pt(owner: str, path: Path, values: Mapping[str, Any]) -> None:
@@ -26,9 +26,9 @@ def write_pt(owner: str, path: Path, values: Mapping[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(dict(values), buffer)
-    with _files.explained(owner, path):
+    with files.explained(owner, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _files.replace(path, buffer.getvalue())
+        files.replace(path, buffer.getvalue())
 
 
 def read_pt(
@@ -47,7 +47,7 @@ def read_pt(
         ValueError: it is something else, or a key is missing.
     """
     wanted = f"{owner}: {path} must be a file of save_checkpoint"
-    with _files.explained(owner, path):
+    with files.explained(owner, path):
         data = path.read_bytes()
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ValueError(f"{wanted}; got something else")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trm_fast.train._rng import fork_rng, generators, seed_everything, set_generators
+from trm_fast.train.generators import fork_rng, generators, seed_everything, set_generators
 from trm_fast.train.stateful import Stateful
 
 _CPU = torch.device("cpu")

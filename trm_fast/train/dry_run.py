@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from trm_fast.train._rng import fork_rng, seed_everything
 from trm_fast.train.checkpoints.snapshot import snapshot
+from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.trainer import Trainer
 
 

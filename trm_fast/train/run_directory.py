@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from trm_fast._json import check_depth, load_object
-from trm_fast.train import _files
+from trm_fast.train import files
 
 LOCK = ".lock"
 FILES = ("config.json", "metrics.jsonl", "events.jsonl", "summary.json")
@@ -65,14 +65,14 @@ class RunDirectory:
         self.opened: dict[str, int] = {}
 
     def __enter__(self) -> "RunDirectory":
-        with _files.explained("run directory", self.path):
+        with files.explained("run directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = self._locked()
             try:
                 os.ftruncate(self.lock, 0)
                 os.pwrite(self.lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-                _files.remove_unfinished(self.path)
-                _files.remove_unfinished(self.path / "ckpt")
+                files.remove_unfinished(self.path)
+                files.remove_unfinished(self.path / "ckpt")
             except BaseException:
                 self._unlock()
                 raise
@@ -125,7 +125,7 @@ class RunDirectory:
         Raises:
             OSError: fewer are free.
         """
-        with _files.explained("run directory", self.path):
+        with files.explained("run directory", self.path):
             free = shutil.disk_usage(self.path).free
         if free < needed:
             raise OSError(
@@ -141,14 +141,14 @@ class RunDirectory:
     def clear(self) -> None:
         """Deletes what an earlier run left here, and nothing else."""
         self._close()
-        with _files.explained("run directory", self.path):
+        with files.explained("run directory", self.path):
             for name in self._checkpoints():
-                _files.remove(self.path / "ckpt" / name)
+                files.remove(self.path / "ckpt" / name)
             if (self.path / "ckpt").is_dir() and not os.listdir(self.path / "ckpt"):
                 os.rmdir(self.path / "ckpt")
             for name in self.files:
-                _files.remove(self.path / name)
-            _files.sync_directory(self.path)
+                files.remove(self.path / name)
+            files.sync_directory(self.path)
         left = self.existing()
         if left:
             raise OSError(f"run directory: {self.path / left[0]} cannot be deleted")
@@ -168,8 +168,8 @@ class RunDirectory:
             OSError: it cannot be written; the file is as before.
         """
         data = json.dumps(_strict(value, name), indent=2, allow_nan=False).encode() + b"\n"
-        with _files.explained("run directory", self.path / _plain(name)):
-            _files.replace(self.path / name, data)
+        with files.explained("run directory", self.path / _plain(name)):
+            files.replace(self.path / name, data)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line; it is with the kernel, and so survives a kill, when this returns.
@@ -180,13 +180,13 @@ class RunDirectory:
             OSError: it cannot be written; the file is as before.
         """
         line = json.dumps(_strict(record, name), separators=(",", ":"), allow_nan=False)
-        with _files.explained("run directory", self.path / _plain(name)):
+        with files.explained("run directory", self.path / _plain(name)):
             if name not in self.opened:
                 self.opened[name] = _opened(self.path / name)
             handle = self.opened[name]
             end = os.fstat(handle).st_size
             try:
-                _files.write_all(handle, line.encode() + b"\n")
+                files.write_all(handle, line.encode() + b"\n")
             except OSError:
                 os.ftruncate(handle, end)
                 raise
@@ -203,13 +203,13 @@ class RunDirectory:
             ValueError: a whole line is no record; it is named.
         """
         path = self.path / _plain(name)
-        with _files.explained("run directory", path):
+        with files.explained("run directory", path):
             if name in self.opened:
                 os.close(self.opened.pop(name))
             if not path.exists():
                 return
             kept = [line for line, record in _records(path) if not _beyond(record, step)]
-            _files.replace(path, b"".join(kept[:most]))
+            files.replace(path, b"".join(kept[:most]))
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Returns the records of a JSONL file, without a torn last line; none if it is missing.
@@ -223,7 +223,7 @@ class RunDirectory:
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the records of a JSONL file, as ``RunDirectory.read``, without locking anything."""
     path = Path(path)
-    with _files.explained("run directory", path):
+    with files.explained("run directory", path):
         return [record for _, record in _records(path)] if path.exists() else []
 
 

@@ -20,7 +20,6 @@ from trm_fast.train._ending import ended
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics
-from trm_fast.train._rng import fork_rng, seed_everything
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
 from trm_fast.train._update import Update
@@ -30,6 +29,7 @@ from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
 from trm_fast.train.curriculum import ENDED, Curriculum, Stage
 from trm_fast.train.distributed import World, gathered
+from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.meter import Meter
 from trm_fast.train.objective import Objective, objective_of
 from trm_fast.train.run import Evaluate, Record, Step

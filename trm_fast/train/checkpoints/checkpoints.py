@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast.train import _files
+from trm_fast.train import files
 from trm_fast.train.checkpoints.reader import (
     CONFIG,
     FORMAT,
@@ -134,7 +134,7 @@ class Checkpoints:
             f"values that are no tensors must take at most {MAX_JSON} bytes",
             len(described),
         )
-        with _files.explained("checkpoint", self.directory):
+        with files.explained("checkpoint", self.directory):
             path = self._publish(self._write(tensors, described), step)
             infos = self.list()
             saved = next(info for info in infos if info.path == path)
@@ -149,26 +149,26 @@ class Checkpoints:
 
     def _write(self, tensors: Mapping[str, Mapping[str, Tensor]], described: bytes) -> Path:
         """Writes a whole checkpoint under a temporary name and syncs it."""
-        _files.make_directory(self.directory)
-        unfinished = _files.temporary(self.directory)
+        files.make_directory(self.directory)
+        unfinished = files.temporary(self.directory)
         try:
             os.mkdir(unfinished)
-            files = {
-                f"{part}.safetensors": _files.write_new(
+            written = {
+                f"{part}.safetensors": files.write_new(
                     unfinished / f"{part}.safetensors", to_safetensors(named)
                 )
                 for part, named in tensors.items()
                 if named
             }
-            files[STATE] = _files.write_new(unfinished / STATE, [described])
+            written[STATE] = files.write_new(unfinished / STATE, [described])
             if (self.run / CONFIG).is_file():
-                config = _files.read(self.run / CONFIG, MAX_JSON)
-                files[CONFIG] = _files.write_new(unfinished / CONFIG, [config])
-            manifest = dumps({"format": FORMAT, "files": files})
-            _files.write_new(unfinished / MANIFEST, [manifest])
-            _files.sync_directory(unfinished)
+                config = files.read(self.run / CONFIG, MAX_JSON)
+                written[CONFIG] = files.write_new(unfinished / CONFIG, [config])
+            manifest = dumps({"format": FORMAT, "files": written})
+            files.write_new(unfinished / MANIFEST, [manifest])
+            files.sync_directory(unfinished)
         except BaseException:
-            _files.remove(unfinished)
+            files.remove(unfinished)
             raise
         return unfinished
 
@@ -181,13 +181,13 @@ class Checkpoints:
         try:
             os.rename(unfinished, path)
         except BaseException:
-            _files.remove(unfinished)
+            files.remove(unfinished)
             raise
-        _files.sync_directory(self.directory)
+        files.sync_directory(self.directory)
         return path
 
     def _point(self, pointer: str, path: Path) -> None:
-        _files.replace(self.directory / pointer, f"{path.name}\n".encode())
+        files.replace(self.directory / pointer, f"{path.name}\n".encode())
 
     def _prune(self, latest: CheckpointInfo, infos: Infos, best: Infos) -> None:
         """Deletes what is neither among the last nor among the best; what is damaged stays."""
@@ -199,22 +199,22 @@ class Checkpoints:
         if not gone:
             return
         try:
-            renamed = [_files.temporary(self.directory) for _ in gone]
+            renamed = [files.temporary(self.directory) for _ in gone]
             for path, unfinished in zip(gone, renamed, strict=True):
                 os.rename(path, unfinished)
             # Else a crash could bring back the directory, but not the files deleted from it.
-            _files.sync_directory(self.directory)
+            files.sync_directory(self.directory)
         except OSError as error:
             # The save itself is done and durable.
             message = f"checkpoint: old ones in {self.directory} are not deleted: {error.strerror}"
             warnings.warn(message, stacklevel=3)
             return
         for unfinished in renamed:
-            _files.remove(unfinished)
+            files.remove(unfinished)
 
     def list(self) -> Infos:
         """Returns all checkpoints, in the order of their saving, without reading tensors."""
-        with _files.explained("checkpoint", self.directory):
+        with files.explained("checkpoint", self.directory):
             if not self.directory.is_dir():
                 return []
             names = [name for name in os.listdir(self.directory) if STEP.fullmatch(name)]
@@ -302,7 +302,7 @@ class Checkpoints:
         """Returns the name in LATEST or BEST, or None and why not."""
         path = self.directory / pointer
         try:
-            name = _files.read(path, MAX_POINTER).decode("ascii").removesuffix("\n")
+            name = files.read(path, MAX_POINTER).decode("ascii").removesuffix("\n")
             if not STEP.fullmatch(name):
                 raise ValueError(f"{pointer} must hold the name of a checkpoint; got {name!r}")
             if not (self.directory / name).is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_fast.train import _files
+from trm_fast.train import files
 from trm_fast.train.checkpoints.state import dumps, from_safetensors, loads, unflatten
 
 FORMAT = 1
@@ -112,7 +112,7 @@ def read_checkpoint(
 def _told(path: Path) -> Iterator[None]:
     """Puts the checkpoint's path in front of the reason why it cannot be read."""
     try:
-        with _files.explained("checkpoint", path):
+        with files.explained("checkpoint", path):
             yield
     except ValueError as error:
         raise ValueError(f"checkpoint: {path}: {error}") from None
@@ -136,7 +136,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
     """Returns size and sha256 by name, after all files were found in these sizes."""
     if path.is_symlink() or not path.is_dir():
         raise ValueError("must be a directory")
-    data = _files.read(path / MANIFEST, MAX_JSON)
+    data = files.read(path / MANIFEST, MAX_JSON)
     manifest = loads(data, MANIFEST)
     # A changed byte that means the same is a change too.
     if not isinstance(manifest, dict) or dumps(manifest) != data:
@@ -147,12 +147,12 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise ValueError(f"{MANIFEST} must have format {FORMAT}; got {manifest['format']!r:.40}")
     if STATE not in manifest["files"]:
         raise ValueError(f"{MANIFEST} must list {STATE}")
-    files = {name: _entry(name, entry) for name, entry in manifest["files"].items()}
-    for name, (size, _) in files.items():
-        found = _files.file_size(path / name)
+    listed = {name: _entry(name, entry) for name, entry in manifest["files"].items()}
+    for name, (size, _) in listed.items():
+        found = files.file_size(path / name)
         if found != size:
             raise ValueError(f"{name} must have {size} bytes; got {found}")
-    return files
+    return listed
 
 
 def _entry(name: str, entry: Any) -> tuple[int, str]:
@@ -173,8 +173,8 @@ def _contents(path: Path, name: str, manifest: Mapping[str, tuple[int, str]]) ->
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise ValueError(f"{name} must fit into {memory} bytes of memory; got {size}")
-    data = _files.read(path / name, size)
-    if len(data) != size or _files.sha256(data) != digest:
+    data = files.read(path / name, size)
+    if len(data) != size or files.sha256(data) != digest:
         raise ValueError(f"{name} must have the sha256 of {MANIFEST}; got other contents")
     return data
 
@@ -216,7 +216,7 @@ def info_of(path: Path) -> CheckpointInfo:
         path,
         described["step"],
         described["serial"],
-        sum(size for size, _ in manifest.values()) + _files.file_size(path / MANIFEST),
+        sum(size for size, _ in manifest.values()) + files.file_size(path / MANIFEST),
         described["score"],
         described["summary"],
         tuple(described["parts"]),

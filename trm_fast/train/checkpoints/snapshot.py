@@ -8,10 +8,10 @@ from torch.optim import Optimizer
 
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteGuard
-from trm_fast.train._rng import generators, set_generators
 from trm_fast.train.callbacks import Callback, by_name
 from trm_fast.train.curriculum import Curriculum
 from trm_fast.train.distributed import sharded_like, whole
+from trm_fast.train.generators import generators, set_generators
 from trm_fast.train.run import Run
 from trm_fast.train.stateful import Stateful
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from trm_fast._json import load_object
-from trm_fast.train import _files
+from trm_fast.train import files
 from trm_fast.train.run_directory import LOCK, read_records
 
 if TYPE_CHECKING:
@@ -195,8 +195,8 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.exists():
         notes.append(f"{path.name} is missing")
         return {}
-    with _files.explained("report", path):
-        return load_object(_files.read(path, _MAX_JSON), f"{path}:")
+    with files.explained("report", path):
+        return load_object(files.read(path, _MAX_JSON), f"{path}:")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,7 +226,7 @@ def _events(path: Path, notes: list[str]) -> Iterator[Record]:
 def _records(path: Path, notes: list[str]) -> list[Record]:
     if not path.exists():
         return []
-    _files.file_size(path)  # a link or a pipe is none of the run
+    files.file_size(path)  # a link or a pipe is none of the run
     records = read_records(path)
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
@@ -339,7 +339,7 @@ def _checkpoints(path: Path) -> "list[CheckpointInfo]":
 
 def _pointed(path: Path) -> str:
     try:
-        return _files.read(path, 256).decode("ascii", "replace").strip()
+        return files.read(path, 256).decode("ascii", "replace").strip()
     except (OSError, ValueError):
         return ""
 

@@ -51,7 +51,7 @@ def set_generators(states: Generators, device: torch.device) -> None:
 
 @contextmanager
 def fork_rng(device: torch.device) -> Iterator[None]:
-    """Gives all generators back as they were."""
+    """A context after which all generators are as they were before it."""
     before = generators(device)
     try:
         yield

@@ -9,14 +9,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY = ".tmp-"  # whatever starts so is unfinished and belongs to nobody after a crash
+TEMPORARY = ".tmp-"  # names of unfinished files start so; after a crash they can be deleted
 # Small tensors are written together: one call per tensor would cost more than its bytes.
 BLOCK = 1 << 20
 
 
 @contextmanager
 def explained(who: str, path: Path) -> Iterator[None]:
-    """Turns an OSError into one line with the path; its errno stays."""
+    """Turns an OSError into one line with the path; its errno stays.
+
+    Args:
+        who: the start of the message, such as "checkpoint".
+        path: named when the error names no file itself.
+    """
     try:
         yield
     except OSError as error:
@@ -60,6 +65,7 @@ def _blocks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | bytearray 
 
 
 def write_all(handle: int, block: bytes | bytearray | memoryview) -> None:
+    """Writes all of ``block`` to an open file descriptor, however the system divides it."""
     rest = memoryview(block)
     while rest:
         rest = rest[os.write(handle, rest) :]
