@@ -1,11 +1,13 @@
 """What a run by epochs keeps of them, and how it shows them."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
-from trm_fast.train import Progress, Record, Run, Step, Summary
+from trm_fast.train import Progress, Record, Run, Step, Summary, Trainer
+from trm_fast.train.callbacks import is_better
+from trm_fast.train.config import Mode
 
 Scores = dict[str, float]
 
@@ -28,11 +30,11 @@ class History:
     train_history: list[Scores] = field(default_factory=list)
     val_history: list[Scores] = field(default_factory=list)
 
-    def add(self, epoch: int, train: Scores, val: Scores, monitor: str) -> bool:
+    def add(self, epoch: int, train: Scores, val: Scores, monitor: str, mode: Mode) -> bool:
         """Takes the scores of an epoch; returns whether it is the best so far."""
         self.train_history.append(train)
         self.val_history.append(val)
-        is_best = self.best_epoch < 0 or val[monitor] > self.best
+        is_best = self.best_epoch < 0 or is_better(val[monitor], self.best, mode)
         if is_best:
             self.best, self.best_epoch = val[monitor], epoch
         return is_best
@@ -42,8 +44,13 @@ class Shown(Protocol):
     """What the report asks of an ``EpochTrainer``."""
 
     monitor: str
+    mode: Mode
     percent: tuple[str, ...]
-    per_epoch: int
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def save_checkpoint(self, path: Path, epoch: int, metrics: Scores) -> None: ...
 
     def train_scores(self, means: Scores) -> Scores: ...
 
@@ -58,7 +65,7 @@ class EpochReport(Progress):
         shown: says which scores there are, and how they are written.
         history: takes the scores.
         epochs: number of epochs at which the run ends.
-        on_best: called with an epoch and its validation scores if it is the best so far.
+        best_model: the file that takes the model of the best epoch, or None.
         quiet: whether to print nothing.
     """
 
@@ -67,12 +74,12 @@ class EpochReport(Progress):
         shown: Shown,
         history: History,
         epochs: int,
-        on_best: Callable[[int, Scores], None] | None = None,
+        best_model: Path | None = None,
         quiet: bool = False,
     ) -> None:
         super().__init__(bar=False if quiet else None)
         self.trainer, self.history, self.epochs = shown, history, epochs
-        self.on_best, self.quiet = on_best, quiet
+        self.best_model, self.quiet = best_model, quiet
         self.train: Scores = {}
         self._looked = self._began = time.perf_counter()
 
@@ -92,9 +99,12 @@ class EpochReport(Progress):
         self.train = self.trainer.train_scores(record)
 
     def on_evaluate(self, run: Run, record: Record) -> None:
-        epoch = run.step // self.trainer.per_epoch - 1
+        epochs, rest = divmod(run.step, self.trainer.steps_per_epoch)
+        if rest:
+            return  # of the end of a stage within an epoch
+        epoch = epochs - 1
         val = {name: record[name] for name in run.metrics}
-        is_best = self.history.add(epoch, self.train, val, self.trainer.monitor)
+        is_best = self.history.add(epoch, self.train, val, self.trainer.monitor, self.trainer.mode)
         now = time.perf_counter()
         seconds, self._began = now - self._began, now
         self._line(
@@ -102,8 +112,8 @@ class EpochReport(Progress):
             f"epoch {epoch + 1}/{self.epochs}  train {self.trainer.text(self.train)}  "
             f"validation {self.trainer.text(val)}  {seconds:.1f} s{'  (best)' if is_best else ''}",
         )
-        if is_best and self.on_best is not None and run.world.is_main:
-            self.on_best(epoch, val)
+        if is_best and self.best_model is not None:
+            self.trainer.save_checkpoint(self.best_model, epoch, val)
 
     def on_end(self, run: Run, summary: Summary) -> None:
         super().on_end(run, summary)
@@ -126,3 +136,10 @@ class EpochReport(Progress):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self.history, name, value)
+
+
+def best_model_of(trainer: Trainer) -> Path | None:
+    """Returns the file with the model of the best epoch of a run, or None if none was kept."""
+    reports = [each for each in trainer.callbacks if isinstance(each, EpochReport)]
+    paths = [each.best_model for each in reports if each.history.best_epoch >= 0]
+    return paths[0] if paths else None

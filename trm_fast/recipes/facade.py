@@ -3,8 +3,9 @@ model in a ``.pt`` file."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from torch.optim import Optimizer
 
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.recipes.epoch_report import EpochReport, History, Scores
+from trm_fast.recipes.epoch_state import State, further_state, go_on, with_weights
 from trm_fast.recipes.pt_file import check_model, read_pt, write_pt
-from trm_fast.train import Callback, EarlyStopping, EpochBatches, Objective, Trainer, TrainerConfig
+from trm_fast.train import (
+    Callback,
+    Curriculum,
+    EarlyStopping,
+    EpochBatches,
+    Objective,
+    Trainer,
+    TrainerConfig,
+)
+from trm_fast.train.config import Mode
 from trm_fast.train.distributed import World
 from trm_fast.train.generators import fork_rng
 from trm_fast.train.meter import Meter
@@ -25,29 +36,39 @@ from trm_fast.train.objective import Metrics
 class EpochTrainer(ABC):
     """Trains a model by epochs, with early stopping, and keeps the best one.
 
-    A subclass makes the optimizer, the objective and the validation. Everything random in an epoch
-    follows from its number and from torch's seed at construction, so that a run that goes on after
-    ``load_checkpoint`` is the uninterrupted one to the bit.
+    A subclass makes the optimizer, the objective and the validation, and may override ``config``
+    (precision, accumulated batches, average of the weights), ``schedules``, ``callbacks`` and
+    ``curriculum``. Everything random in an epoch follows from its number and from torch's seed at
+    construction, so that a run that goes on after ``load_checkpoint`` is the uninterrupted one to
+    the bit. With a curriculum the batches have their own epochs, and only a run of ``trainer`` with
+    ``out`` resumes to the bit.
 
     Args:
         model: the model; it is moved to the device.
-        batches: the training batches, with a length.
+        batches: the training batches, with a length; None with a ``curriculum``.
         device: where to train; None is a GPU if there is one, else the CPU.
         grad_clip: largest norm of all gradients together; None does not clip.
         examples: the largest number of examples in a batch, for reports; None if it is not known.
+        per_epoch: batches between two validations, >= 1; None is all of ``batches``. Needed with a
+            ``curriculum``, and refused without one.
 
     Attributes:
         name: of the recipe.
         best_file: where ``fit`` keeps the best model.
-        monitor: the score of the validation whose largest value is best.
+        monitor: the score of the validation by which an epoch is best.
+        mode: whether its best value is the "max" or the "min".
         best_key: how ``summary`` and ``.pt`` files call that value.
         percent: the scores that are in percent.
         only_validated: the scores that are left out where training batches are described.
+
+    Raises:
+        ValueError: ``batches`` and ``per_epoch`` do not fit ``curriculum``, or there is no batch.
     """
 
     name: str
     best_file = "best_model.pt"
     monitor = "accuracy"
+    mode: Mode = "max"
     best_key = "best_val_acc"
     percent: tuple[str, ...] = ()
     only_validated: tuple[str, ...] = ()
@@ -57,20 +78,53 @@ class EpochTrainer(ABC):
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | None,
         *,
         device: str | torch.device | None = None,
         grad_clip: float | None = None,
         examples: int | None = None,
+        per_epoch: int | None = None,
     ) -> None:
         self.world = World("auto" if device is None else device)
         self.device = self.world.device
         self.model = model.to(self.device)
         self.grad_clip, self.examples = grad_clip, examples
         self.seed = torch.initial_seed()
-        self.per_epoch = len(batches)  # type: ignore[arg-type]
-        self.batches = EpochBatches(batches, seed=self.seed)
+        if (batches is None) != (per_epoch is not None):
+            raise ValueError(
+                f"{type(self).__name__}: either batches, or per_epoch and a curriculum, must be "
+                f"given; got batches {type(batches).__name__} and per_epoch {per_epoch!r}"
+            )
+        self.per_epoch: int = len(batches) if per_epoch is None else per_epoch  # type: ignore[arg-type]
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"{type(self).__name__}: batches of an epoch must be at least one; got "
+                f"{self.per_epoch!r}"
+            )
+        self.batches = None if batches is None else EpochBatches(batches, seed=self.seed)
         self.history = History()
+        self._trainer_now: Trainer | None = None
+        self._own: list[Callback] = []  # what callbacks() has given to it
+        self._loaded: State = {}
+
+    def config(self) -> TrainerConfig:
+        """Returns precision, accumulated batches, average of the weights and what else is asked
+        of the trainer. Steps, intervals, monitor, mode and seed are set by this class."""
+        return TrainerConfig(clip_norm=self.grad_clip)
+
+    def schedules(self, optimizers: list[Optimizer]) -> Sequence[Any]:
+        """Returns the schedules of the optimizers; each is stepped once per update."""
+        return ()
+
+    def callbacks(self) -> Sequence[Callback]:
+        """Returns further callbacks; their states go on from one call of ``fit`` or ``train_epoch``
+        to the next, and are in ``.pt`` files."""
+        return ()
+
+    def curriculum(self) -> Curriculum | None:
+        """Returns new stages, or None to train on ``batches``. An epoch is ``per_epoch`` batches
+        then, of whichever stage; the run also ends with the last stage."""
+        return None
 
     @abstractmethod
     def objective(self) -> Objective:
@@ -91,14 +145,14 @@ class EpochTrainer(ABC):
     @property
     @abstractmethod
     def hyperparameters(self) -> dict[str, Any]:
-        """What a checkpoint says of how its model was trained, "seed" among it."""
+        """What a checkpoint says of how its model was trained; "seed" is added to it."""
 
     @abstractmethod
     def load_hyperparameters(self, values: dict[str, Any]) -> None:
         """Takes over ``hyperparameters`` of a checkpoint.
 
         Raises:
-            ValueError: they do not fit the model; nothing has changed then.
+            ValueError: they do not fit the model.
         """
 
     @property
@@ -109,7 +163,24 @@ class EpochTrainer(ABC):
     @property
     def epoch(self) -> int:
         """Number of epochs that were trained."""
-        return self.batches.completed
+        if self.batches is not None:
+            return self.batches.completed
+        return self._step // self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates of the weights in an epoch."""
+        return -(-self.per_epoch // self.config().accumulate)
+
+    @property
+    def _step(self) -> int:
+        """Updates of the weights so far."""
+        if self.batches is not None:
+            rest = -(-self.batches.position // self.config().accumulate)
+            return self.batches.epoch * self.steps_per_epoch + rest
+        if self._trainer_now is not None:
+            return self._trainer_now.step
+        return int(self._loaded["trainer"]["step"]) if self._loaded else 0
 
     def train_epoch(self) -> Scores:
         """Trains for one epoch, without a line of output.
@@ -126,12 +197,18 @@ class EpochTrainer(ABC):
         return report.train
 
     def validate(self) -> Scores:
-        """Returns the scores of the validation batches, means over the samples; nothing changes.
+        """Returns the scores of the validation batches, means over the samples, with the averaged
+        weights if there are any; nothing changes.
 
         Raises:
             ValueError, TypeError: a batch cannot be used, with the name of the sample, or there is
                 none.
         """
+        ema = None if self._trainer_now is None else self._trainer_now.ema
+        with nullcontext() if ema is None else ema.swapped():
+            return self._validated()
+
+    def _validated(self) -> Scores:
         meter = Meter(self.device)
         # An iterator of a DataLoader draws a seed, even if nothing is shuffled.
         with evaluating(self.model), fork_rng(self.device), torch.no_grad():
@@ -207,10 +284,8 @@ class EpochTrainer(ABC):
             raise ValueError(
                 f"{type(self).__name__}: num_epochs must be a whole number >= 1; got {num_epochs!r}"
             )
-        save = None
-        if checkpoint_dir is not None:
-            save = partial(self.save_checkpoint, Path(checkpoint_dir) / self.best_file)
-        report = EpochReport(self, self.history, num_epochs, save)
+        best = None if checkpoint_dir is None else Path(checkpoint_dir) / self.best_file
+        report = EpochReport(self, self.history, num_epochs, best)
         return self._trainer(
             num_epochs, [report, self._stopping(patience)], validates=True, out=out,
             settings=settings,
@@ -218,7 +293,7 @@ class EpochTrainer(ABC):
 
     def _stopping(self, patience: int) -> EarlyStopping:
         """Returns early stopping that goes on where the history ends."""
-        stopping = EarlyStopping(self.monitor, patience)
+        stopping = EarlyStopping(self.monitor, patience, self.mode)
         if self.history.best_epoch >= 0:
             stopping.best = self.history.best
             stopping.waited = self.epoch - 1 - self.history.best_epoch
@@ -234,23 +309,29 @@ class EpochTrainer(ABC):
         settings: dict[str, Any] | None = None,
     ) -> Trainer:
         """Returns a ``Trainer`` that goes on from here until so many epochs are done."""
-        config = TrainerConfig(
-            steps=epochs * self.per_epoch,
-            clip_norm=self.grad_clip,
-            log_every=self.per_epoch,
-            evaluate_every=self.per_epoch,
-            save_every=self.per_epoch if out else 0,
+        step, every, state = self._step, self.steps_per_epoch, self._further_state()
+        # As the schedules of the new trainer find the options, so they are given back to it.
+        state = with_weights(state, self.model, self.stepped)
+        config = replace(
+            self.config(),
+            steps=epochs * every,
+            log_every=every,
+            evaluate_every=every,
+            save_every=every if out else 0,
             monitor=self.monitor if validates else "",
+            mode=self.mode,
             seed=self.seed % 2**32,
         )
+        self._own = list(self.callbacks())
         trainer = Trainer(
             self.model,
             self.stepped,
-            self.batches,
+            self._source(),
             self.objective(),
             config,
-            evaluate=(lambda model: self.validate()) if validates else None,
-            callbacks=callbacks,
+            schedules=self.schedules,
+            evaluate=(lambda model: self._validated()) if validates else None,
+            callbacks=[*callbacks, *self._own],
             out=out,
             device=self.world,
             name=self.name,
@@ -258,17 +339,33 @@ class EpochTrainer(ABC):
             report={"percent": [*self.percent], "examples": self.examples},
             settings=settings,
         )
-        trainer.step = self.epoch * self.per_epoch + self.batches.position
+        go_on(trainer, state)
+        trainer.step = step
+        self._trainer_now, self._loaded = trainer, {}
         return trainer
 
+    def _source(self) -> EpochBatches | Curriculum:
+        """Returns what is trained on."""
+        stages = self.curriculum()
+        if (stages is None) != (self.batches is not None):
+            raise ValueError(
+                f"{type(self).__name__}: curriculum must return stages if batches is None, and "
+                f"None otherwise; got {type(stages).__name__}"
+            )
+        source = stages or self.batches
+        assert source is not None
+        return source
+
+    def _further_state(self) -> State:
+        """Returns what goes on beside weights and optimizer."""
+        if self._trainer_now is None:
+            return self._loaded
+        return further_state(self._trainer_now, self._own)
+
     def _run(self, trainer: Trainer) -> None:
-        try:
-            trainer.fit()
-        finally:
-            for callback in trainer.callbacks:
-                if isinstance(callback, EpochReport):
-                    callback.close()
-        self.batches.close_epoch()
+        trainer.fit()
+        if self.batches is not None:
+            self.batches.close_epoch()
 
     def save_checkpoint(self, path: str | Path, epoch: int, metrics: Scores) -> None:
         """Writes model, optimizer and history, as tensors and plain values that ``torch.load``
@@ -282,15 +379,21 @@ class EpochTrainer(ABC):
         Raises:
             OSError: it cannot be written.
         """
-        values = {
+        values = self._values(epoch, metrics)
+        if self.world.is_main:
+            write_pt(type(self).__name__, Path(path), values)
+
+    def _values(self, epoch: int, metrics: Scores) -> dict[str, Any]:
+        further = self._further_state()
+        return {
             "epoch": epoch,
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "metrics": dict(metrics),
             **self._history(),
-            "hyperparameters": self.hyperparameters,
+            "hyperparameters": {**self.hyperparameters, "seed": self.seed},
+            **({"further_state": further} if further else {}),
         }
-        write_pt(type(self).__name__, Path(path), values)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, Any]:
         """Takes over what ``save_checkpoint`` has written, hyperparameters too; ``fit`` goes on
@@ -306,25 +409,49 @@ class EpochTrainer(ABC):
             OSError: it cannot be read.
             ValueError: it is not such a file, or of another model; nothing is loaded then.
         """
-        keys = (
-            "epoch", "model_state_dict", "optimizer_state_dict", "metrics", "hyperparameters",
-            *self._history(),
-        )  # fmt: skip
         owner = type(self).__name__
-        found = read_pt(owner, Path(path), keys, self.device)
+        found = read_pt(owner, Path(path), self._kinds(), self.device)
+        seed = found["hyperparameters"].get("seed")
+        if not isinstance(seed, int) or found["epoch"] < 0:
+            raise ValueError(
+                f"{owner}: {path} must be a file of save_checkpoint, with a seed and an epoch >= "
+                f"0; got {seed!r} and {found['epoch']}"
+            )
         check_model(owner, self.model, found["model_state_dict"])
-        # Each of the two refuses what does not fit before it changes anything.
-        before = self.hyperparameters
-        self.load_hyperparameters(found["hyperparameters"])
+        before = deepcopy(self._values(self.epoch - 1, {}))
+        place = None if self.batches is None else self.batches.state_dict()
         try:
-            self.optimizer.load_state_dict(found["optimizer_state_dict"])
-        except BaseException:
-            self.load_hyperparameters(before)
-            raise
-        self.model.load_state_dict(found["model_state_dict"])
-        names = ("best_epoch", "train_history", "val_history")
-        self.history = History(found[self.best_key], *(found[name] for name in names))
-        self.seed = found["hyperparameters"]["seed"]
-        place = {"seed": self.seed, "epoch": found["epoch"] + 1, "position": 0}
-        self.batches.load_state_dict({**place, "length": self.per_epoch, "start": None})
+            self._load(found)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            self._load(before)
+            if self.batches is not None:
+                self.batches.load_state_dict(place)  # type: ignore[arg-type]
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"{owner}: {path} must be a file of save_checkpoint of the same trainer; got one "
+                f"that cannot be loaded ({type(error).__name__}: {error})"
+            ) from error
         return found
+
+    def _kinds(self) -> dict[str, type | tuple[type, ...]]:
+        number = (int, float)
+        return {
+            "epoch": int, "model_state_dict": dict, "optimizer_state_dict": dict, "metrics": dict,
+            "hyperparameters": dict, self.best_key: number, "best_epoch": int,
+            "train_history": list, "val_history": list,
+        }  # fmt: skip
+
+    def _load(self, values: dict[str, Any]) -> None:
+        self.load_hyperparameters(values["hyperparameters"])
+        self.optimizer.load_state_dict(values["optimizer_state_dict"])
+        self.model.load_state_dict(values["model_state_dict"])
+        names = ("best_epoch", "train_history", "val_history")
+        self.history = History(values[self.best_key], *(values[name] for name in names))
+        self.seed = values["hyperparameters"]["seed"]
+        if self.batches is not None:
+            place = {"seed": self.seed, "epoch": values["epoch"] + 1, "position": 0}
+            self.batches.load_state_dict({**place, "length": self.per_epoch, "start": None})
+        self._trainer_now, self._loaded = None, values.get("further_state", {})
+        if self._loaded:
+            self._trainer(self.epoch + 1, [])  # refuses a state that does not fit

@@ -2,7 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 from typing import Any
@@ -32,19 +32,22 @@ def write_pt(owner: str, path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_pt(
-    owner: str, path: Path, keys: Sequence[str], device: torch.device | str = "cpu"
+    owner: str,
+    path: Path,
+    kinds: Mapping[str, type | tuple[type, ...]],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Reads a file of ``write_pt``.
 
     Args:
         owner: begins the messages.
         path: the file.
-        keys: those that it must have.
+        kinds: the keys that it must have, and the types that their values must be of.
         device: where the tensors shall be.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is something else, or a key is missing.
+        ValueError: it is something else, a key is missing, or a value is of another type.
     """
     wanted = f"{owner}: {path} must be a file of save_checkpoint"
     with files.explained(owner, path):
@@ -55,20 +58,27 @@ def read_pt(
         found = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
         raise ValueError(f"{wanted}; got one that torch.load refuses") from error
-    if not isinstance(found, dict) or not found.keys() >= {*keys}:
-        lacking = ", ".join(sorted({*keys} - {*found})) if isinstance(found, dict) else "all keys"
+    if not isinstance(found, dict) or not found.keys() >= {*kinds}:
+        lacking = ", ".join(sorted({*kinds} - {*found})) if isinstance(found, dict) else "all keys"
         raise ValueError(f"{wanted}; got one without {lacking}")
+    for key, kind in kinds.items():
+        # A bool is an int for Python, and no number here.
+        if not isinstance(found[key], kind) or isinstance(found[key], bool):
+            raise ValueError(f"{wanted}; got {key} of type {type(found[key]).__name__}")
     return found
 
 
-def check_model(owner: str, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_model(owner: str, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Compares the shapes of a state dict with those of a model.
 
     Raises:
         ValueError: they differ; the line names the first tensor that does.
     """
     have = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    came = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    came = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        for name, value in state.items()
+    }
     for name in sorted({*have, *came}):
         if have.get(name) != came.get(name):
             raise ValueError(

@@ -157,7 +157,7 @@ class TestTRMTrainer:
     def test_trainer_initialization(self):
         trainer = TRMTrainer(small_model(), *small_data())
         found = trainer.hyperparameters
-        assert {k: v for k, v in found.items() if k != "seed"} == {
+        assert found == {
             "T": 3, "n": 6, "lr": 1e-3, "alpha": 0.98, "lambda": 0.1, "weight_decay": 0.01,
             "filter": "highpass", "complexity_weight": 0.01,
         }  # fmt: skip
@@ -252,7 +252,7 @@ class TestTRMTrainer:
         found = torch.load(tmp_path / "new" / "model.pt", weights_only=True)
         assert found.keys() == KEYS
         assert found["metrics"] == {"accuracy": 12.5} and len(found["train_history"]) == 2
-        assert found["hyperparameters"] == trainer.hyperparameters
+        assert found["hyperparameters"] == {**trainer.hyperparameters, "seed": trainer.seed}
         assert {*found["hyperparameters"]} >= {
             "T", "n", "lr", "alpha", "lambda", "weight_decay", "filter", "complexity_weight",
         }  # fmt: skip

@@ -1,7 +1,6 @@
 """How the scores of the classifier are shown, and what is shown after a run."""
 
-from trm_fast.recipes.epoch_report import Scores
-from trm_fast.recipes.facade import EpochTrainer
+from trm_fast.recipes.epoch_report import Scores, best_model_of
 from trm_fast.train import Summary, Trainer
 
 
@@ -18,6 +17,7 @@ def finish(trainer: Trainer, summary: Summary) -> list[str]:
     lines = [f"{summary.reason}: step {summary.step:,}, {summary.seconds:.1f} s"]
     if summary.skipped:
         lines.append(f"{summary.skipped} steps were skipped: see events.jsonl")
-    if trainer.out is not None and summary.best:
-        lines.append(f"best model: {trainer.out / EpochTrainer.best_file}")
+    best = best_model_of(trainer)
+    if best is not None:
+        lines.append(f"best model: {best}")
     return lines

@@ -101,7 +101,6 @@ class TRMTrainer(EpochTrainer):
             "weight_decay": float(group["weight_decay"]),
             "filter": self.optimizer.filter,
             "complexity_weight": self.criterion.complexity_weight,
-            "seed": self.seed,
         }
 
     def load_hyperparameters(self, values: dict[str, Any]) -> None:
