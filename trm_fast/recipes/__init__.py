@@ -16,9 +16,10 @@ class Listing(NamedTuple):
         help: what it does, in one sentence.
         system: its folder below ``trm_fast.recipes``, whose word is found in every tree.
         recipe: the ``Recipe`` in the system's ``trainer.py``.
-        commands: the recipe's own commands beside ``trm-fast train``, such as "bench", and the
-            module of each, which has what a module of ``trm_fast.cli`` has: HELP, add_arguments
-            and run. ``trm-fast bench NAME`` then runs it.
+        commands: the recipe's own commands beside ``trm-fast train``, and the module of each, which
+            has what a module of ``trm_fast.cli`` has: HELP, add_arguments and run. "bench" becomes
+            ``trm-fast bench NAME`` and "data convert" ``trm-fast data convert NAME``; "data make"
+            adds the kind NAME to ``trm-fast data make``.
     """
 
     help: str
