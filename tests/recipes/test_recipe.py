@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trm_fast.cli import eval as eval_command
 from trm_fast.cli import main
 from trm_fast.cli import train as command
 from trm_fast.recipes import Listing
 from trm_fast.recipes.recipe import Recipe, trainer_settings
 from trm_fast.recipes.running import train
 from trm_fast.recipes.settings import to_json
-from trm_fast.train import Callback, Trainer, TrainerConfig
+from trm_fast.train import Callback, Summary, Trainer, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def build(config):
         [torch.tensor([[1.0], [2.0]])],
         lambda model, batch: (model(batch) - 3.0).square().mean(),
         config_of_run,
+        evaluate=lambda model: {"weight": float(model.weight)},
         callbacks=[Signal()],
         out=config.out or "runs/line",
         device="cpu",
@@ -74,6 +76,8 @@ def build(config):
 
 
 def runs(config):
+    if config.models == 1:
+        return {"model": config}
     return {f"model-{i}": replace(config, models=1, seed=i) for i in range(config.models)}
 
 
@@ -142,8 +146,9 @@ def listed(monkeypatch):
 
     def add(recipe):
         listing = Listing("Fits a line.", "line")
-        monkeypatch.setattr(command, "RECIPES", {"line": listing})
-        monkeypatch.setattr(command, "load", lambda name: recipe)
+        for module in (command, eval_command):
+            monkeypatch.setattr(module, "RECIPES", {"line": listing})
+            monkeypatch.setattr(module, "load", lambda name: recipe)
 
     return add
 
@@ -195,6 +200,111 @@ def test_a_directory_with_runs_is_not_written_over_unasked(tmp_path):
     with pytest.raises(FileExistsError, match="train line: out must be a directory without runs"):
         train(SEVERAL, config)
     assert train(SEVERAL, config, overwrite=True) == 0
+
+
+def test_a_run_that_stands_for_several_is_refused(tmp_path):
+    nested = replace(SEVERAL, runs=lambda config: {"a": config, "b": config})
+    message = "the settings of a run must stand for that run alone; got 2 others for those of 'a'"
+    with pytest.raises(ValueError, match=f"recipe line: {message}"):
+        train(nested, Config(out=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_stands_for_another_one_is_refused(tmp_path):
+    changing = replace(
+        SEVERAL,
+        runs=lambda c: {f"model-{i}": replace(c, models=1, seed=i) for i in range(c.models)},
+    )
+    with pytest.raises(ValueError, match="got 1 other for those of 'model-1'"):
+        train(changing, Config(models=2, out=str(tmp_path / "runs")))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b"])
+def test_a_run_must_be_named_like_a_directory(name, tmp_path):
+    wrong = replace(SEVERAL, runs=lambda config: {name: config, "b": config})
+    with pytest.raises(ValueError, match="runs must have names that directories can have; got"):
+        train(wrong, Config(out=str(tmp_path)))
+
+
+def test_a_run_of_a_series_resumes_alone(tmp_path, listed, capsys):
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path))) == 0
+    listed(SEVERAL)
+    alone = str(tmp_path / "model-1")
+    assert main(["train", "line", "--out", alone, "--resume", "--max_steps", "6"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "model-1: step 6"
+    assert not (tmp_path / "model-1" / "model-1").exists()
+
+
+def test_the_first_of_several_runs_is_rehearsed(tmp_path, listed, capsys):
+    listed(SEVERAL)
+    out = tmp_path / "runs"
+    assert (
+        main(["train", "line", "--models", "2", "--seed", "9", "--out", str(out), "--dry-run"]) == 0
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["seed", "0"] in lines and ["out", str(out / "model-0")] in lines
+    assert lines[-1] == "runs 2: model-0, model-1; this was model-0".split()
+    assert not out.exists()
+
+
+def test_several_runs_are_reported_and_evaluated_together(tmp_path, listed, capsys):
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path))) == 0
+    listed(SEVERAL)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "line model-0: finished at step 4 of 4" in text and "line model-1: finished" in text
+    assert (tmp_path / "curves.png").is_file()
+    assert main(["eval", str(tmp_path), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["run"] for one in found] == [str(tmp_path / f"model-{i}") for i in range(2)]
+    assert all(one["step"] == 4 for one in found)
+    assert main(["eval", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("model-")] == ["model-0", "model-1"]
+
+
+def test_of_several_runs_those_that_have_begun_are_reported(tmp_path, capsys):
+    Signal.at = 2
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path))) == 128 + signal.SIGINT
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "line model-0: interrupted" in text and "model-1" not in text
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (["a", "b"], "RUN must have runs that have begun; got"),
+        (["../a"], "runs must be names of directories; got '../a'"),
+        ("a", "runs must be a list of names; got 'a'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "eval"])
+def test_several_runs_that_cannot_be_read_are_one_line(command, said, message, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"name": "line", "runs": said}))
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_several_runs_leave_the_group_of_processes_to_their_trainers(tmp_path, monkeypatch):
+    # As under torchrun with GPUs: a group that is made before the trainer would be of the CPU.
+    from trm_fast.recipes import running
+
+    groups = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", groups.append)
+    monkeypatch.setattr(
+        running, "_train_one", lambda *args: Summary(4, "", None, 0, 0, {}, {}, None)
+    )
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path / "main"))) == 0
+    assert groups == [] and (tmp_path / "main" / "run.json").is_file()
+    monkeypatch.setenv("RANK", "1")
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path / "second"))) == 0
+    assert groups == [] and not (tmp_path / "second").exists()
 
 
 def test_settings_that_stand_for_one_run_are_one_run(tmp_path, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trm_fast.cli import COMMANDS, suggest
+from trm_fast.cli._runs import runs_in
 from trm_fast.recipes import RECIPES, load
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ HELP = COMMANDS["eval"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run, which of its checkpoints, and what is to be different."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN",
+        help="directory of a run, or of several that one command has trained, each of which is "
+        "evaluated",
+    )  # fmt: skip
     parser.add_argument(
         "--which", default="latest", metavar="latest|best|STEP", help="checkpoint (default: latest)"
     )
@@ -29,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting"
     )
-    parser.add_argument("--json", action="store_true", help="print one line of JSON, and no table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON for each run, and no table"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,16 +48,26 @@ def run(args: argparse.Namespace) -> int:
         ModuleNotFoundError: jsonargparse, or what the recipe needs, is not installed.
     """
     which = _which(args.which)
-    recipe, trainer, data = _built(args)
+    if not args.run.is_dir():
+        raise ValueError(f"eval: RUN must be the directory of a run; got {args.run}")
+    runs = runs_in("eval", args.run)
+    for run in runs:
+        if runs != [args.run] and not args.json:
+            print(f"\n{run.name}")
+        _evaluate(args, run, which)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, run: Path, which: str | int) -> None:
+    recipe, trainer, data = _built(args, run)
     from trm_fast.train.checkpoints.loading import load_run
 
-    loaded = load_run(trainer, args.run, which)
+    loaded = load_run(trainer, run, which)
     metrics = trainer.evaluate()
     if args.json:
-        print(json.dumps(_plain(args.run, loaded, metrics, data), allow_nan=False))
-        return 0
-    _show(recipe, trainer, loaded, metrics, data)
-    return 0
+        print(json.dumps(_plain(run, loaded, metrics, data), allow_nan=False))
+    else:
+        _show(recipe, trainer, loaded, metrics, data)
 
 
 def _which(text: str) -> str | int:
@@ -61,23 +78,21 @@ def _which(text: str) -> str | int:
     return int(text)
 
 
-def _built(args: argparse.Namespace) -> "tuple[Recipe[Any], Trainer, str]":
+def _built(args: argparse.Namespace, run: Path) -> "tuple[Recipe[Any], Trainer, str]":
     """Returns the recipe of a run, a trainer that has written nothing, and the data."""
-    if not args.run.is_dir():
-        raise ValueError(f"eval: RUN must be the directory of a run; got {args.run}")
     from trm_fast.cli._settings import changed, read_json
     from trm_fast.recipes.settings import from_json, leaves, replaced
 
-    name = read_json(args.run / "run.json").get("name")
+    name = read_json(run / "run.json").get("name")
     if not isinstance(name, str) or name not in RECIPES:
         hint = suggest(str(name), RECIPES)
-        raise ValueError(f"eval: {args.run / 'run.json'}: unknown recipe {name!r}{hint}")
+        raise ValueError(f"eval: {run / 'run.json'}: unknown recipe {name!r}{hint}")
     recipe = load(name)
-    settings = read_json(args.run / "config.json")
+    settings = read_json(run / "config.json")
     try:
         config = from_json(recipe.settings, settings)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"eval: {args.run / 'config.json'}: {error}") from None
+        raise ValueError(f"eval: {run / 'config.json'}: {error}") from None
     config = replaced(config, recipe.evaluation)
     if args.data is not None:
         if not recipe.data:

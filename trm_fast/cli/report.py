@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trm_fast.cli import COMMANDS
+from trm_fast.cli._runs import runs_in
 
 if TYPE_CHECKING:
     from trm_fast.train.reports.reading import RunReport
@@ -18,7 +19,10 @@ _SHOWN = 10  # evaluations and events of a run on a terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the runs and where the files go."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="directory of a run, or of several that one command has trained",
+    )  # fmt: skip
     parser.add_argument(
         "--html", action="store_true", help="also write report.html, one page that needs no network"
     )
@@ -32,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the tables and writes curves.png, which has all runs in it, and the page.
 
     Raises:
-        ValueError: a run is none or damaged, or several runs have no ``--out``.
+        ValueError: a run is none or damaged, or several RUN have no ``--out``.
         OSError: a file cannot be read or written.
         ModuleNotFoundError: matplotlib is not installed.
     """
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         )
     from trm_fast.train.reports.reading import read_run
 
-    reports = [read_run(path) for path in args.runs]
+    reports = [read_run(run) for path in args.runs for run in runs_in("report", path)]
     _show(reports)
     sys.stdout.flush()
     for line in _write(reports, args.out or args.runs[0], args.html):

@@ -47,14 +47,19 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load(args.recipe)
     options = read_options(recipe, args.fields)
-    from trm_fast.recipes.running import train
+    from trm_fast.recipes.running import runs_of, train
 
     if options.dry_run:
-        return _rehearse(options.config, recipe.build(options.config))
+        runs = runs_of(recipe, options.config)
+        name, config = next(iter(runs.items()))
+        _rehearse(config, recipe.build(config))
+        if len(runs) > 1:
+            print(f"runs         {len(runs)}: {', '.join(runs)}; this was {name}")
+        return 0
     return train(recipe, options.config, resume=options.resume, overwrite=options.overwrite)
 
 
-def _rehearse(config: Any, trainer: Any) -> int:
+def _rehearse(config: Any, trainer: Any) -> None:
     """Prints the settings and what one step has shown."""
     from trm_fast.recipes.settings import leaves
     from trm_fast.train.dry_run import dry_run
@@ -74,7 +79,6 @@ def _rehearse(config: Any, trainer: Any) -> int:
     print(
         f"one step     loss {found.loss:.4f}, {found.seconds:.2f} s (the first one is the slowest)"
     )
-    return 0
 
 
 def _size(count: int) -> str:

@@ -38,7 +38,8 @@ class Recipe(Generic[Config]):
         all_data: settings that take all of the data named by ``data``, such as {"data.test": 0}.
         runs: for settings that stand for several runs: the settings of each, by a name that becomes
             its directory below that of the whole. They are trained one after another; a resumed
-            whole goes on with those that have not ended. None if there is always one run.
+            whole goes on with those that have not ended. The settings of a run stand for that run
+            alone. None if there is always one run.
         compare: the lines that are shown after several runs, of their summaries by name.
 
     Raises:

@@ -1,15 +1,17 @@
 """Trains what some settings of a recipe stand for: one run, or several, one after another."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import leaves, replaced, to_json
 from trm_fast.train import RunDirectory, Summary
-from trm_fast.train.distributed import World
 
 Config = TypeVar("Config")
 
@@ -28,15 +30,15 @@ def train(
         0, or 128 plus the number of the signal that interrupted it.
 
     Raises:
-        ValueError, OSError: as ``recipe.build`` and ``Trainer.fit``.
+        ValueError, OSError: as ``runs_of``, ``recipe.build`` and ``Trainer.fit``.
         FileExistsError: there are runs in the directory, and neither ``resume`` nor ``overwrite``.
     """
-    runs = {} if recipe.runs is None else recipe.runs(config)
-    if len(runs) <= 1:
-        return _code(_train_one(recipe, next(iter(runs.values()), config), resume, overwrite))
-    out = Path(dict(leaves(config))[recipe.directory] or f"runs/{recipe.name}")
+    runs = runs_of(recipe, config)
+    if len(runs) == 1:
+        return _code(_train_one(recipe, next(iter(runs.values())), resume, overwrite))
+    out = _directory(recipe, config)
     with ExitStack() as stack:
-        if World("cpu").is_main:
+        if _is_main():
             directory = stack.enter_context(RunDirectory(out, files=("run.json",)))
             if directory.existing() and not resume and not overwrite:
                 raise FileExistsError(
@@ -49,17 +51,56 @@ def train(
         return _train_all(recipe, runs, out, resume, overwrite)
 
 
+def runs_of(recipe: Recipe[Config], config: Config) -> dict[str, Config]:
+    """Returns the settings of each run that some settings stand for, by name, with its directory
+    below that of the whole; those of one run as they are.
+
+    Raises:
+        ValueError: a name cannot be that of a directory, or the settings of a run stand for other
+            runs: resumed alone, it would be another one, or have runs below it.
+    """
+    runs = {} if recipe.runs is None else dict(recipe.runs(config))
+    if len(runs) <= 1:
+        return runs or {recipe.name: config}
+    out = _directory(recipe, config)
+    placed = {}
+    for name, each in runs.items():
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(
+                f"recipe {recipe.name}: runs must have names that directories can have; got "
+                f"{name!r}"
+            )
+        placed[name] = replaced(each, {recipe.directory: str(out / name)})
+        again = list(recipe.runs(placed[name]).values()) if recipe.runs is not None else []
+        if again not in ([], [placed[name]]):
+            raise ValueError(
+                f"recipe {recipe.name}: the settings of a run must stand for that run alone; got "
+                f"{len(again)} {'others' if len(again) > 1 else 'other'} for those of {name!r}"
+            )
+    return placed
+
+
+def _directory(recipe: Recipe[Any], config: Any) -> Path:
+    return Path(dict(leaves(config))[recipe.directory] or f"runs/{recipe.name}")
+
+
+def _is_main() -> bool:
+    """Returns whether this process writes and prints. The group of processes is left to the
+    trainer, whose device decides how they talk to each other."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return rank == 0
+
+
 def _train_all(
     recipe: Recipe[Config], runs: Mapping[str, Config], out: Path, resume: bool, overwrite: bool
 ) -> int:
     summaries: dict[str, Summary] = {}
     for name, config in runs.items():
-        settings = replaced(config, {recipe.directory: str(out / name)})
         # A run that has ended is not trained again: it goes on from its last step.
-        summaries[name] = _train_one(recipe, settings, resume, overwrite, str(out))
+        summaries[name] = _train_one(recipe, config, resume, overwrite, str(out))
         if summaries[name].signal is not None:
             return _code(summaries[name])
-    if recipe.compare is not None and World("cpu").is_main:
+    if recipe.compare is not None and _is_main():
         for line in recipe.compare(summaries):
             print(line)
     return 0
