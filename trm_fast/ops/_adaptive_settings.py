@@ -114,6 +114,7 @@ class Settings(FilterSettings):
             return kept[1]  # type: ignore[no-any-return]
         scales = (self.grad_scale, self.found_inf, self.clip)
         at = [None if scale is None else scale.to(device, torch.float32) for scale in scales]
+        scaled = at[0] is not None or at[1] is not None or at[2] is not None
         lr, weight_decay, lamb = self.lr, self.weight_decay, self.lamb
         has_tensor = (
             isinstance(lr, Tensor) or isinstance(weight_decay, Tensor) or isinstance(lamb, Tensor)
@@ -122,7 +123,7 @@ class Settings(FilterSettings):
             numbers, scalars_at = self._divided(device, NUMBERS if known is None else known.numbers)
             return (numbers, *scalars_at, *at)
         arguments = (list(known.read(self)), None, None, None, *at)
-        if at == [None, None, None]:
+        if not scaled:
             self._kept = (known, arguments)
         return arguments
 
