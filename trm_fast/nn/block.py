@@ -9,7 +9,7 @@ from torch.nn.functional import dropout
 from trm_fast._dispatch import note_fallback
 from trm_fast.nn._hooks import is_hooked
 from trm_fast.nn._init import check_sizes
-from trm_fast.nn.mixer import make_mixer
+from trm_fast.nn.mixer import FusedMixer, make_mixer
 from trm_fast.nn.norm import RMSNorm
 from trm_fast.nn.swiglu import SwiGLU
 from trm_fast.ops._latent_arguments import Network
@@ -19,10 +19,17 @@ MixerOption = str | nn.Module | Callable[..., nn.Module]
 
 
 class FusedLayer(NamedTuple):
-    """A block as ``latent_update`` runs it."""
+    """A block as ``latent_update`` runs it: its part of the ``Network``, and its weights."""
 
-    network: Network
+    form: FusedMixer
+    eps: float
     weights: tuple[Tensor, ...]
+
+    def is_like(self, other: "FusedLayer") -> bool:
+        """Returns whether both are layers of one ``Network``."""
+        mine, others = self.form, other.form
+        same = mine.kind == others.kind and mine.heads == others.heads
+        return same and mine.theta == others.theta and self.eps == other.eps
 
 
 class Block(nn.Module):
@@ -129,22 +136,25 @@ class Block(nn.Module):
 
     def fused_layer(self) -> FusedLayer | str:
         """Returns the block as ``trm_fast.ops.latent_update`` runs it, or why it cannot."""
-        if type(self) is not Block or type(self.mlp) is not SwiGLU:
-            return f"{type(self).__name__} with {type(self.mlp).__name__} is not Block with SwiGLU"
+        # Each attribute once: looking one up costs more than asking what it is.
+        mix, mlp, mix_norm, mlp_norm = self.mix, self.mlp, self.mix_norm, self.mlp_norm
+        if type(self) is not Block or type(mlp) is not SwiGLU:
+            return f"{type(self).__name__} with {type(mlp).__name__} is not Block with SwiGLU"
         if self.norm == "pre":
             return "the blocks are pre-norm"
-        if self.mlp.bias is not None:
+        if mlp.bias is not None:
             return "the gated layers have biases"
-        if self.mix_norm.weight is not None or self.mlp_norm.weight is not None:
+        if mix_norm.weight is not None or mlp_norm.weight is not None:
             return "the norms have weights"
-        find = getattr(self.mix, "fused_form", None)
+        find = getattr(mix, "fused_form", None)
         form = f"the mixer {self.mixer} has no fused form" if find is None else find()
         if isinstance(form, str):
             return form
         if not self.draws_nothing:
             return "random numbers are drawn"
-        network = Network(form.kind, heads=form.heads, theta=form.theta, eps=self.mlp_norm.eps)
-        return FusedLayer(network, (*form.weights, self.mlp.gate_up, self.mlp.down))
+        if any(map(is_hooked, (self, mlp, mix_norm, mlp_norm, *mix.modules()))):
+            return "a module has hooks"
+        return FusedLayer(form, mlp_norm.eps, (*form.weights, mlp.gate_up, mlp.down))
 
     def _length(self) -> int:
         length: int | None = getattr(self.mix, "length", None)
@@ -251,13 +261,13 @@ class Blocks(nn.Module):
         if isinstance(layers, str):
             note_fallback("latent_update", x.device.type, x.dtype, "layer by layer", layers)
             return None
-        weights = [weight for layer in layers for weight in layer.weights]
+        form, eps, _ = layers[0]
         return latent_update(
             x,
             y,
             z,
-            weights,
-            layers[0].network,
+            [weight for layer in layers for weight in layer.weights],
+            Network(form.kind, form.heads, form.theta, eps),
             n=n,
             T=T,
             grad_cycles=grad_cycles,
@@ -276,9 +286,9 @@ class Blocks(nn.Module):
             if isinstance(layer, str):
                 return layer
             layers.append(layer)
-        if any(layer.network != layers[0].network for layer in layers):
+        if not all(layer.is_like(layers[0]) for layer in layers[1:]):
             return "the blocks differ"
-        if any(is_hooked(module) for module in self.modules()):
+        if is_hooked(self):
             return "a module has hooks"
         if x.dim() != 3 or not x.shape == y.shape == z.shape:
             return "x, y and z are not [batch, length, width] alike"

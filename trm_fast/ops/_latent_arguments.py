@@ -20,7 +20,7 @@ class LayerWeights(NamedTuple):
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(weight.shape) for weight in self)
+        return tuple(weight.shape for weight in self)
 
 
 WEIGHTS_PER_LAYER = len(LayerWeights._fields)
@@ -114,11 +114,14 @@ def check_network(x: Tensor, weights: Sequence[Tensor], network: Network) -> Non
     for index, weight in enumerate(weights):
         _check_weight(x, f"weights[{index}]", weight)
     for number, layer in enumerate(layers_of(weights)):
-        wanted = _shapes(x, network, layer)
-        for place, (shape, needed) in enumerate(zip(layer.shapes, wanted, strict=True)):
-            if shape != needed:
-                index = number * WEIGHTS_PER_LAYER + place
-                raise ValueError(f"latent_update: weights[{index}] must be {needed}; got {shape}")
+        needed = _shapes(x, network, layer)
+        if layer.shapes != needed:
+            pairs = zip(layer.shapes, needed, strict=True)
+            place = next(i for i, (shape, right) in enumerate(pairs) if shape != right)
+            raise ValueError(
+                f"latent_update: weights[{number * WEIGHTS_PER_LAYER + place}] must be "
+                f"{needed[place]}; got {tuple(layer[place].shape)}"
+            )
 
 
 def _check_numbers(network: Network) -> None:
@@ -164,7 +167,7 @@ def _columns(weight: Tensor) -> int:
 
 def check_counts(counts: Counts) -> None:
     n, T, grad_cycles = counts
-    for name, value in counts._asdict().items():
+    for name, value in (("n", n), ("T", T), ("grad_cycles", grad_cycles)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"latent_update: {name} must be a whole number; got {value!r}")
     if n < 1 or T < 1:

@@ -44,6 +44,7 @@ from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._latent_arguments import (
     MIXERS,
+    WEIGHTS_PER_LAYER,
     Counts,
     LayerWeights,
     Network,
@@ -242,7 +243,7 @@ def _cpp(
             x, y, z, *plain = (tensor.view_as(tensor) for tensor in (x, y, z, *plain))
         out: tuple[Tensor, Tensor] = _Fused.apply(x, y, z, network, counts, recompute, *plain)
         return out
-    y, z, _ = _forward(x, y, z, plain, network, counts._replace(grad_cycles=0), False)
+    y, z, _ = _forward(x, y, z, plain, network, Counts(counts.n, counts.T, 0), False)
     return y, z
 
 
@@ -256,13 +257,13 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Saved]:
     """Returns y, z, and what the backward pass needs."""
-    heads, batch = _CPP_HEADS[network.mixer](network), x.shape[0]
-    layers = layers_of(weights)
-    calls = counts.calls * len(layers)
-    kept_bytes = _kept_bytes(x, layers[0], heads) if keep else 0
+    heads = _CPP_HEADS[network.mixer](network)
+    batch, length, width = x.shape
+    calls = counts.calls * (len(weights) // WEIGHTS_PER_LAYER)
+    kept_bytes = _kept_bytes(x, layers_of(weights)[0], heads) if keep else 0
     saved = Saved(
-        x.new_empty((2 + calls if calls else 0, *x.shape)),
-        x.new_empty((calls, batch, x.shape[1]), dtype=torch.float32),
+        x.new_empty((2 + calls if calls else 0, batch, length, width)),
+        x.new_empty((calls, batch, length), dtype=torch.float32),
         x.new_empty((calls, batch, kept_bytes), dtype=torch.uint8),
     )
     y, z = y.detach().clone(), z.detach().clone()
