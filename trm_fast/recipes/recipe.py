@@ -114,6 +114,15 @@ class Recipe(Generic[Config]):
         }
 
 
+def how_it_ended(summary: Summary) -> list[str]:
+    """Returns the lines with which ``finish`` of a recipe begins: why the run ended and when, and
+    what was skipped."""
+    lines = [f"{summary.reason}: step {summary.step:,}, {summary.seconds:.1f} s"]
+    if summary.skipped:
+        lines.append(f"{summary.skipped} steps were skipped: see events.jsonl")
+    return lines
+
+
 def trainer_settings(prefix: str) -> tuple[str, ...]:
     """Returns the settings of a ``TrainerConfig`` below ``prefix`` in which a resumed run may
     differ, apart from its length."""

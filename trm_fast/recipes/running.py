@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
-from trm_fast.recipes.settings import leaves, replaced, to_json
+from trm_fast.recipes.settings import directory_of, leaves, replaced, to_json
 from trm_fast.train import RunDirectory, Summary
 
 Config = TypeVar("Config")
@@ -81,7 +81,7 @@ def runs_of(recipe: Recipe[Config], config: Config) -> dict[str, Config]:
 
 
 def _directory(recipe: Recipe[Any], config: Any) -> Path:
-    return Path(dict(leaves(config))[recipe.directory] or f"runs/{recipe.name}")
+    return Path(directory_of(dict(leaves(config))[recipe.directory], recipe.name))
 
 
 def _is_main() -> bool:

@@ -3,9 +3,31 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 Config = TypeVar("Config")
+
+
+def require(owner: str, holds: bool, what: str, value: object) -> None:
+    """Checks a setting.
+
+    Args:
+        owner: the recipe.
+        holds: whether the setting is as it has to be.
+        what: says how it has to be.
+        value: the setting.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not holds:
+        raise ValueError(f"{owner}: {what}; got {value!r}")
+
+
+def directory_of(out: str, name: str) -> str:
+    """Returns the directory of a run: ``out``, or one below runs/ if that is empty."""
+    return out or str(Path("runs") / name)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

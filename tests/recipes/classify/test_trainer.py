@@ -532,6 +532,16 @@ class TestRecipe:
         assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
         assert whole.callbacks[0].history == again.callbacks[0].history
 
+    def test_the_line_about_the_best_model_names_the_file_of_the_trainer_class(self, tmp_path):
+        class Other(TRMTrainer):
+            best_file = "other.pt"
+
+        facade = Other(small_model(), *small_data(), device="cpu")
+        trainer = facade.trainer(1, checkpoint_dir=tmp_path / "kept", out=tmp_path / "run")
+        lines = finish(trainer, trainer.fit())
+        assert lines[-1] == f"best model: {tmp_path / 'kept' / 'other.pt'}"
+        assert (tmp_path / "kept" / "other.pt").is_file()
+
     def test_the_defaults_are_those_of_the_system(self):
         config = PRESETS["classify"]["default"]
         expected = {

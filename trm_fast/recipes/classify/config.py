@@ -1,8 +1,12 @@
 """Settings of the classifier, and their presets."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from trm_fast.ops import FILTERS, Filter
+from trm_fast.recipes.settings import require
+
+_require = partial(require, "classify")
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,16 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
+            require(
+                "classify", getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name)
+            )
         _require(self.seed >= 0, "seed must be >= 0", self.seed)
-        _require(self.filter in FILTERS, f"filter must be one of {', '.join(FILTERS)}", self.filter)
-
-
-def _require(holds: bool, what: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"classify: {what}; got {value!r}")
+        require(
+            "classify",
+            self.filter in FILTERS,
+            f"filter must be one of {', '.join(FILTERS)}",
+            self.filter,
+        )
 
 
 PRESETS = {"classify": {"default": ClassifyConfig()}}

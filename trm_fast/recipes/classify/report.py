@@ -1,6 +1,7 @@
 """How the scores of the classifier are shown, and what is shown after a run."""
 
 from trm_fast.recipes.epoch_report import Scores, best_model_of
+from trm_fast.recipes.recipe import how_it_ended
 from trm_fast.train import Summary, Trainer
 
 
@@ -14,9 +15,7 @@ def scores_text(scores: Scores) -> str:
 
 def finish(trainer: Trainer, summary: Summary) -> list[str]:
     """Returns the lines that are shown after a run."""
-    lines = [f"{summary.reason}: step {summary.step:,}, {summary.seconds:.1f} s"]
-    if summary.skipped:
-        lines.append(f"{summary.skipped} steps were skipped: see events.jsonl")
+    lines = how_it_ended(summary)
     best = best_model_of(trainer)
     if best is not None:
         lines.append(f"best model: {best}")

@@ -18,6 +18,7 @@ from trm_fast.recipes.classify.report import finish, scores_text
 from trm_fast.recipes.epoch_report import Scores
 from trm_fast.recipes.facade import EpochTrainer
 from trm_fast.recipes.recipe import Recipe
+from trm_fast.recipes.settings import directory_of
 from trm_fast.train import Trainer
 from trm_fast.train.batches import to_device
 from trm_fast.train.distributed import World
@@ -160,7 +161,7 @@ def build(config: ClassifyConfig) -> Trainer:
         device=world.device, complexity_weight=config.complexity_weight,
         filter=None if config.filter == "none" else config.filter, grad_clip=config.grad_clip,
     )  # fmt: skip
-    out = config.out or f"runs/classify-{config.filter}-seed{config.seed}"
+    out = directory_of(config.out, f"classify-{config.filter}-seed{config.seed}")
     settings = asdict(replace(config, out=out))
     return facade.trainer(config.epochs, config.patience, out, out=out, settings=settings)
 

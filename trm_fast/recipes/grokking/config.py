@@ -1,12 +1,16 @@
 """Settings of the grokking experiment, and their presets."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from trm_fast.data.synthetic.modular import Operation
 from trm_fast.ops import FILTERS, Filter
+from trm_fast.recipes.settings import require
 
 Inner = Literal["adam", "adamw", "muon"]
+
+_require = partial(require, "grokking")
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,19 @@ class GrokkingConfig:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "seed"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+            require(
+                "grokking", getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name)
+            )
         for name in ("window", "batch", "iterations", "log_every", "save_every"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
+            require(
+                "grokking", getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name)
+            )
         _require(0 <= self.target <= 1, "target must be in [0, 1]", self.target)
         for name, choices in (("optimizer", get_args(Inner)), ("filter", FILTERS)):
             value = getattr(self, name)
-            _require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
-
-
-def _require(holds: bool, what: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"grokking: {what}; got {value!r}")
+            require(
+                "grokking", value in choices, f"{name} must be one of {', '.join(choices)}", value
+            )
 
 
 PRESETS = {"grokking": {"official": GrokkingConfig()}}

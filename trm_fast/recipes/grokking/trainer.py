@@ -12,7 +12,6 @@ does, compare with ``filter="none"`` at the same weight decay.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from trm_fast.recipes.grokking.data import PermutedEquations, model_and_data
 from trm_fast.recipes.grokking.model import Decoder
 from trm_fast.recipes.grokking.report import Evaluation, Picture, evaluations, finish
 from trm_fast.recipes.recipe import Recipe
+from trm_fast.recipes.settings import directory_of
 from trm_fast.train import (
     Callback,
     EpochBatches,
@@ -50,7 +50,7 @@ def build(config: GrokkingConfig) -> Trainer:
         ModuleNotFoundError: matplotlib is to draw and not installed.
     """
     name = f"grokking-{config.optimizer}-{config.filter}-seed{config.seed}"
-    out = config.out or str(Path("runs") / name)
+    out = directory_of(config.out, name)
     shown = ("train_accuracy", "validation_accuracy", "train_loss", "validation_loss")
     pictures = [Picture(config)] if config.plot else []
     return _trainer(config, out, (Progress(shown, every=config.log_every), *pictures))

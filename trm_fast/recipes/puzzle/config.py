@@ -40,6 +40,8 @@ class _Shared:
         device: where to train: auto (cuda if there is one, else cpu) or a torch device.
         tracker: where metrics go beside metrics.jsonl: none, tensorboard or wandb.
         out: directory of the run; empty means runs/ and the name of the recipe.
+        optimizer: optimizer, filter and learning rates.
+        train: steps, average of the weights, evaluation and checkpoints.
     """
 
     batch: int = 64
@@ -50,6 +52,8 @@ class _Shared:
     device: str = "auto"
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     out: str = ""
+    optimizer: PuzzleOptimizerConfig = field(default_factory=PuzzleOptimizerConfig)
+    train: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,10 @@ class SudokuConfig(_Shared):
     Args:
         model: the model; vocab_size, seq_len and num_puzzle_identifiers are those of the data.
         data: the puzzles.
-        optimizer: optimizer, filter and learning rates.
-        train: steps, average of the weights, evaluation and checkpoints.
     """
 
     model: TRMConfig = _TINY
     data: SudokuData = field(default_factory=SudokuData)
-    optimizer: PuzzleOptimizerConfig = field(default_factory=PuzzleOptimizerConfig)
-    train: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,10 @@ class MazeConfig(_Shared):
     Args:
         model: the model; vocab_size, seq_len and num_puzzle_identifiers are those of the data.
         data: the mazes.
-        optimizer: optimizer, filter and learning rates.
-        train: steps, average of the weights, evaluation and checkpoints.
     """
 
     model: TRMConfig = _TINY
     data: MazeData = field(default_factory=MazeData)
-    optimizer: PuzzleOptimizerConfig = field(default_factory=PuzzleOptimizerConfig)
-    train: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 @dataclass(frozen=True)
@@ -93,14 +89,10 @@ class ArcConfig(_Shared):
     Args:
         model: the model; vocab_size, seq_len and num_puzzle_identifiers are those of the data.
         data: the tasks.
-        optimizer: optimizer, filter and learning rates.
-        train: steps, average of the weights, evaluation and checkpoints.
     """
 
     model: TRMConfig = CONFIGS["arc"]
     data: ArcTasks = field(default_factory=ArcTasks)
-    optimizer: PuzzleOptimizerConfig = field(default_factory=PuzzleOptimizerConfig)
-    train: TrainerConfig = field(default_factory=TrainerConfig)
 
 
 PuzzleConfig = SudokuConfig | MazeConfig | ArcConfig

@@ -7,14 +7,13 @@ from trm_fast.recipes.puzzle.baselines import elimination, most_common
 from trm_fast.recipes.puzzle.config import ArcConfig, SudokuConfig
 from trm_fast.recipes.puzzle.evaluation import Evaluation
 from trm_fast.recipes.puzzle.show import Draw, draw_maze, draw_sudoku, solve_aloud
+from trm_fast.recipes.recipe import how_it_ended
 from trm_fast.train import Summary, Trainer
 
 
 def finish(trainer: Trainer, summary: Summary) -> list[str]:
     """Returns the lines that are shown after a run: what is solved, by what else, and how."""
-    lines = [f"{summary.reason}: step {summary.step:,}, {summary.seconds:.0f} s"]
-    if summary.skipped:
-        lines.append(f"{summary.skipped} steps were skipped: see events.jsonl")
+    lines = how_it_ended(summary)
     if summary.signal is None and summary.metrics:
         lines += _solved(trainer, summary)
     if trainer.out is not None:

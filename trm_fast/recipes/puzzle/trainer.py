@@ -26,7 +26,7 @@ from trm_fast.recipes.puzzle.evaluation import Evaluation
 from trm_fast.recipes.puzzle.optimizer import make_puzzle_optimizers
 from trm_fast.recipes.puzzle.report import finish
 from trm_fast.recipes.recipe import Recipe, trainer_settings
-from trm_fast.recipes.settings import to_json
+from trm_fast.recipes.settings import directory_of, to_json
 from trm_fast.train import (
     Callback,
     JointSupervision,
@@ -75,7 +75,7 @@ def build(config: PuzzleConfig, *, callbacks: tuple[Callback, ...] = ()) -> Trai
         schedules=lambda made: make_schedules(made, config.optimizer, config.train.steps),
         evaluate=Evaluation(config, splits, world),
         callbacks=(*callbacks, Progress(_SHOWN), *trackers),
-        out=config.out or f"runs/{_name_of(config)}",
+        out=directory_of(config.out, _name_of(config)),
         device=world,
         name=_name_of(config),
         settings=to_json(config),

@@ -9,10 +9,7 @@ import dataclasses
 import fcntl
 import json
 import multiprocessing
-import os
-import platform
 import random
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +27,8 @@ from trm_fast.recipes.grokking.bench.plan import ROWS
 from trm_fast.recipes.grokking.config import GrokkingConfig
 from trm_fast.recipes.grokking.report import Evaluation
 from trm_fast.recipes.grokking.trainer import grokking_epochs
+from trm_fast.train import files
+from trm_fast.train.distributed import World, device_name
 
 # Timed epochs of each row, after one that is not; odd, so that the median is one of them.
 _ROUNDS = 9
@@ -302,10 +301,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _write(path: Path, value: Outcome | Timing) -> None:
-    """Writes a file that is either whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(dataclasses.asdict(value)) + "\n")
-    os.replace(part, path)
+    """Writes a file that is either whole or as before."""
+    files.replace(path, f"{json.dumps(dataclasses.asdict(value))}\n".encode())
 
 
 def _as_json(config: GrokkingConfig) -> dict[str, Any]:
@@ -316,19 +313,8 @@ def _as_json(config: GrokkingConfig) -> dict[str, Any]:
 
 def _environment(device: str) -> dict[str, Any]:
     return {
-        "processor": _processor(device),
+        "processor": device_name(World(device).device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "trm_fast": __version__,
     }
-
-
-def _processor(device: str) -> str:
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_name(None if device == "auto" else device)
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.machine()
-    found = re.search(r"model name\s*: (.+)", text)
-    return found[1].strip() if found else platform.machine()
