@@ -58,7 +58,7 @@ _HOME = {
     "BackendError": "trm_fast._errors",
     "TinyRecursiveModel": "trm_fast.nn",
     "backends": "trm_fast.ops",
-    "newton_schulz": "trm_fast.ops",
+    "newton_schulz": "trm_fast.ops.newton_schulz",
     "use_backend": "trm_fast._dispatch",
     **dict.fromkeys(_OPTIMIZERS, "trm_fast.optim"),
 }

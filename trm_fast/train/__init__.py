@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from trm_fast.train.callbacks import Callback as Callback
     from trm_fast.train.callbacks import EarlyStopping as EarlyStopping
     from trm_fast.train.callbacks import StopAtTarget as StopAtTarget
-    from trm_fast.train.checkpoints.checkpoints import CheckpointInfo as CheckpointInfo
     from trm_fast.train.checkpoints.checkpoints import Checkpoints as Checkpoints
-    from trm_fast.train.checkpoints.checkpoints import Loaded as Loaded
-    from trm_fast.train.checkpoints.checkpoints import read_checkpoint as read_checkpoint
     from trm_fast.train.checkpoints.checkpoints import size_of as size_of
+    from trm_fast.train.checkpoints.reader import CheckpointInfo as CheckpointInfo
+    from trm_fast.train.checkpoints.reader import Loaded as Loaded
+    from trm_fast.train.checkpoints.reader import read_checkpoint as read_checkpoint
     from trm_fast.train.config import Summary as Summary
     from trm_fast.train.config import TrainerConfig as TrainerConfig
     from trm_fast.train.curriculum import Curriculum as Curriculum

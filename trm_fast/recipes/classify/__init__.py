@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 from trm_fast._lazy import exports
 
 if TYPE_CHECKING:
-    from trm_fast.data.synthetic.vectors import (
-        SyntheticRecursiveDataset as SyntheticRecursiveDataset,
-    )
     from trm_fast.recipes.classify.config import PRESETS as PRESETS
     from trm_fast.recipes.classify.config import ClassifyConfig as ClassifyConfig
+    from trm_fast.recipes.classify.data import (
+        SyntheticRecursiveDataset as SyntheticRecursiveDataset,
+    )
     from trm_fast.recipes.classify.data import TRMDataModule as TRMDataModule
     from trm_fast.recipes.classify.loss import TRMLoss as TRMLoss
     from trm_fast.recipes.classify.model import Prediction as Prediction

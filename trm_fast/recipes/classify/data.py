@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trm_fast.data.synthetic.vectors import SyntheticRecursiveDataset
+from trm_fast.data.synthetic.vectors import (
+    SyntheticRecursiveDataset as SyntheticRecursiveDataset,  # a public name of the system
+)
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
