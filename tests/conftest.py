@@ -88,7 +88,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 def _state() -> dict[str, Any]:
     """What belongs to the process and has to be as it was."""
     # The compiler keeps its own there, for as long as the process lives.
-    own = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_")
+    own = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_CACHE_DIR")
     variables = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     return {
         "default dtype": torch.get_default_dtype(),
