@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from trm_fast.ops import Settings, adaptive_step_
@@ -162,7 +163,7 @@ def test_compiled_code_refuses_the_same_input_in_the_same_words():
 
 def test_a_third_shape_compiles_nothing_new():
     """The first shape is compiled as it is, the second as any shape."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     settings = settings_with(filter="ema", lamb=2.0)
     step = torch.compile(lambda lists: adaptive_step_(*lists, settings=settings),
                          fullgraph=True, backend=counter)  # fmt: skip
@@ -175,7 +176,7 @@ def test_a_third_shape_compiles_nothing_new():
 
 
 def test_a_learning_rate_in_a_tensor_compiles_once():
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     step = torch.compile(lambda lists, lr: adaptive_step_(*lists, settings=Settings(lr)),
                          fullgraph=True, backend=counter)  # fmt: skip
     for lr in (1e-2, 1e-3, 0.0):

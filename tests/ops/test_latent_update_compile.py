@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from trm_fast.ops import latent_update
 
@@ -172,7 +173,7 @@ def test_compiled_under_autocast_equals_eager(case, backend):
 def test_another_batch_compiles_at_most_once_more(case, backend):
     """The first size is compiled as it is, the second as any size."""
     skip_unless_runs(backend or "cpp")
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     inputs = make(case)
 
     def call(x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from trm_fast.ops import newton_schulz, newton_schulz_
@@ -93,7 +94,7 @@ def test_compiled_code_refuses_the_same_input_in_the_same_words():
 
 def test_a_third_shape_compiles_nothing_new():
     """The first shape is compiled as it is, the second as any shape."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda x: newton_schulz(x), fullgraph=True, backend=counter)
     for size, expected in ((5, 1), (7, 2), (9, 2), (33, 2)):
         x = make((size, size + 2)).bfloat16()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from trm_fast.ops import rms_norm_residual
 
@@ -58,7 +59,7 @@ def test_compiled_code_refuses_the_same_input_in_the_same_words():
 
 def test_a_third_shape_compiles_nothing_new():
     """The first shape is compiled as it is, the second as any shape."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(
         lambda x, y: rms_norm_residual(x, y, dim=-2), fullgraph=True, backend=counter
     )

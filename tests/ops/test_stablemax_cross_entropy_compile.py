@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from trm_fast._dispatch import unusable
@@ -100,7 +101,7 @@ def test_compiled_code_makes_the_loss_of_a_wrong_label_nan():
 
 def test_a_third_shape_compiles_nothing_new():
     """The first shape is compiled as it is, the second as any shape."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(stablemax_cross_entropy, fullgraph=True, backend=counter)
     for size, expected in ((5, 1), (7, 2), (9, 2), (33, 2)):
         logits, labels = draw((size, size + 1, 11))
