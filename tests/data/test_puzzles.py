@@ -371,3 +371,19 @@ def test_sets_that_differ_are_not_merged():
         merge([puzzle_set(), puzzle_set(seq_len=3)])
     with pytest.raises(ValueError, match="at least one set"):
         merge([])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_batches_know_the_epochs_that_are_over(batch_size):
+    data = puzzle_set()
+    batches, groups = PuzzleBatches(data, batch_size, epochs=13), data.metadata.total_groups
+    seen = 0
+    for _ in batches:
+        state = batches.state_dict()
+        visits = state["epoch"] * groups + state["visit"]
+        assert batches.completed == visits // groups >= seen
+        seen = batches.completed
+        again = PuzzleBatches(data, batch_size, epochs=13)
+        again.load_state_dict(state)
+        assert again.completed == seen
+    assert batches.completed == 13

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from trm_fast.train import Batches, EpochBatches, RepeatedBatches
-from trm_fast.train.batches import iterator_of, take, to_device
+from trm_fast.train.batches import iterator_of, next_batches, to_device
 from trm_fast.train.generators import fork_rng, generators, seed_everything, set_generators
 
 CPU = torch.device("cpu")
@@ -121,11 +121,11 @@ def test_tensors_are_found_in_mappings_lists_and_tuples():
 def test_batches_are_taken_with_their_names():
     batches = RepeatedBatches([torch.tensor(i) for i in range(3)], epochs=1)
     iterator = iter(batches)
-    taken, names = take(iterator, batches, 2, CPU)
+    taken, names = next_batches(iterator, batches, 2, CPU)
     assert ([int(i) for i in taken], names) == ([0, 1], ", epoch 0, batch 0, epoch 0, batch 1")
-    assert [int(i) for i in take(iterator, batches, 2, CPU)[0]] == [2]
-    assert take(iterator, batches, 2, CPU) == ([], "")
-    assert take(iter([1, 2]), object(), 1, CPU) == ([1], "")
+    assert [int(i) for i in next_batches(iterator, batches, 2, CPU)[0]] == [2]
+    assert next_batches(iterator, batches, 2, CPU) == ([], "")
+    assert next_batches(iter([1, 2]), object(), 1, CPU) == ([1], "")
 
 
 def test_generators_go_to_tensors_and_back():
@@ -165,18 +165,33 @@ class NoLength:
         return iter([1, 2, 3])
 
 
-@pytest.mark.parametrize("source", [[1, 2, 3], NoLength(), lambda epoch: [1, 2, 3]])
+class Items:
+    """Is iterated over by its items, and has no ``__iter__``."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        return [1, 2, 3][index]
+
+
+@pytest.mark.parametrize("source", [[1, 2, 3], Items(), NoLength(), lambda epoch: [1, 2, 3]])
 def test_what_is_accumulated_ends_with_its_epoch(source):
     batches = EpochBatches(source, epochs=2)
     iterator, found, epochs = iterator_of(batches), [], []
     while batches.completed < 2 or (found and found[-1]):
-        found.append(take(iterator, batches, 2, CPU)[0])
+        found.append(next_batches(iterator, batches, 2, CPU)[0])
         epochs.append(batches.completed)
     assert [part for part in found if part] == [[1, 2], [3], [1, 2], [3]]
     assert sorted(epochs) == epochs
     # Where the length is known, the last batch of an epoch ends it.
     if not isinstance(source, NoLength):
         assert epochs[:4] == [0, 1, 1, 2]
+
+
+def test_what_is_neither_iterated_over_nor_called_is_refused():
+    with pytest.raises(TypeError, match=r"source must be something to iterate over, .* got int"):
+        EpochBatches(3)
 
 
 def test_an_epoch_may_be_made_for_its_number():

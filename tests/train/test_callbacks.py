@@ -10,7 +10,7 @@ import pytest
 from trm_fast.train import Callback, EarlyStopping, Progress, Run, Step, StopAtTarget
 from trm_fast.train.callbacks import is_better
 
-from .runs import STEPS, function_run
+from .runs import STEPS, function_run, puzzle_run
 
 INF, NAN = math.inf, math.nan
 
@@ -183,3 +183,18 @@ def test_the_bar_shows_steps_and_metrics_and_gives_the_terminal_back(capsys, mon
         function_run(None, (progress, recorder)).fit()
     shown = capsys.readouterr().out
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_callbacks_are_called_for_the_epochs_of_puzzles():
+    class Epochs(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_epoch(self, run, epoch):
+            self.seen.append((run.step, epoch))
+
+    epochs = Epochs()
+    # 13 puzzles in batches of 4: the last one of an epoch is in the 4th, 7th, 10th, 13th batch.
+    trainer = puzzle_run(None, (epochs,), augment=False, steps=13)
+    trainer.fit()
+    assert epochs.seen == [(4, 0), (7, 1), (10, 2), (13, 3)] and trainer.epochs == 4

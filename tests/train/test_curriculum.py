@@ -168,9 +168,10 @@ def test_batches_are_made_when_their_stage_begins():
 @pytest.mark.parametrize(
     ("stages", "first", "message"),
     [
-        ([], "", "stages must be at least one, each named; got none"),
-        ([Stage("a", [1]), Stage("a")], "", "stages must be at least one, each named; got a, a"),
-        ([Stage("a")], "", "stage 'a' must have batches; got None"),
+        ([], "", "stages must be at least one; got none"),
+        ([Stage("a", [1]), Stage("a")], "", "stages must have names of their own; got 'a' twice"),
+        ([Stage("a"), Stage("b", [1])], "b",
+         "the first of the stages must have batches; got None in 'a'"),
         ([Stage("easy", [1]), Stage("hard")], "hardest",
          "a stage must be one of easy, hard; got 'hardest'; did you mean 'hard'?"),
     ],
@@ -192,7 +193,8 @@ def test_wrong_stages_are_refused():
     with pytest.raises(ValueError, match=r"options of an optimizer, such as .*lr.*; got 'lamb'"):
         run(Curriculum([stage])).fit()
     with pytest.raises(ValueError, match="until: monitor must be a metric of the evaluation"):
-        stage = Stage("a", split(6), evaluate=counted([1.0]), done=until("nothing", 1.0), steps=1)
+        stage = Stage("a", split(6), evaluate=counted([1.0]), done=until("nothing", 1.0),
+                      evaluate_every=1)  # fmt: skip
         run(Curriculum([stage])).fit()
 
 

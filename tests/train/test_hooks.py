@@ -22,6 +22,9 @@ from trm_fast.train import (
     Trainer,
     TrainerConfig,
 )
+from trm_fast.train._interval import add_metrics
+from trm_fast.train.checkpoints.snapshot import restore, snapshot
+from trm_fast.train.meter import Meter
 
 from .runs import differences, function_run, result
 from .test_trainer import loss, network, split
@@ -188,6 +191,44 @@ def test_metrics_of_callbacks_stand_in_records_under_their_own_names(tmp_path):
     assert "train/loss" in written[0]
 
 
+def test_a_name_that_is_taken_costs_no_step(tmp_path):
+    with pytest.raises(ValueError, match="names of their own"):
+        function_run(tmp_path / "parts", (Tells("loss"),), save_every=0).fit()
+    assert Checkpoints(tmp_path / "parts").load().step == 4
+    function_run(tmp_path / "parts").fit(resume=True)
+    function_run(tmp_path / "whole").fit()
+    parts, whole = result(tmp_path / "parts"), result(tmp_path / "whole")
+    # The first record is missing; what it would have had is in the second one.
+    assert {*differences(parts, whole)} <= {"metrics", "trainer"}
+    first, second = (r["loss"] for r in whole["metrics"] if r["step"] in (4, 8) and "lr" in r)
+    found = next(r["loss"] for r in parts["metrics"] if "lr" in r)
+    assert found == pytest.approx((first + second) / 2, rel=1e-12)
+
+
+class Two:
+    """Two processes, of which the other one has metrics of other names."""
+
+    size = 2
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.exchanges = names, 0
+
+    def gather(self, value: Any) -> list[Any]:
+        other = {name: {*self.names} for name in value} if isinstance(value, dict) else []
+        return [value, other or [*self.names]]
+
+    def add_up(self, tensor: Tensor) -> None:
+        self.exchanges += 1
+
+
+def test_metrics_that_only_some_processes_have_are_exchanged_by_all():
+    record, world = {"loss": 1.0}, Two("b")
+    add_metrics(record, {"tells": Tells("a")}, Meter(torch.device("cpu")), world)
+    assert record["a"] == 3.0 and "b" in record and world.exchanges == 2
+    with pytest.raises(ValueError, match="got 'loss' from the trainer and from callback tells"):
+        add_metrics(record, {"tells": Tells("c")}, Meter(torch.device("cpu")), Two("loss"))
+
+
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
@@ -308,8 +349,24 @@ def test_extra_updates_come_back_with_the_state_of_their_objective(stop, tmp_pat
     trainer.fit(resume=True)
     assert trainer.extra_updates == 6
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
-    saved = Checkpoints(tmp_path / "parts").load().state["process"]["0"]["extra"]
-    assert saved == {"count": 6, "objectives": {"replay": {"count": 6}}}
+    saved = Checkpoints(tmp_path / "parts").load().state
+    assert saved["process"]["0"]["extra"] == {"replay": {"count": 6}}
+    assert saved["trainer"]["extra_updates"] == 6
+
+
+def test_another_number_of_processes_keeps_the_count_of_extra_updates():
+    trainer = function_run(None, (Extra(Counts()),))
+    trainer.fit()
+    state = snapshot(trainer)
+    state["trainer"]["world_size"] = 2
+    again = function_run(None, (Extra(Counts()),))
+    lost = restore(again, state)
+    assert again.extra_updates == trainer.extra_updates == 6
+    assert lost == (
+        "the checkpoint is of 2 processes, now there are 1: carries, those of extra updates too, "
+        "random generators and sums of metrics start anew, and buffers that differ are those of "
+        "the first one"
+    )
 
 
 # State by name

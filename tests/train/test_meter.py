@@ -57,9 +57,35 @@ def test_no_graph_is_kept():
     assert not any(total.requires_grad for total in meter.totals.values())
 
 
+class Three:
+    """Three processes that have counted the same, but for names that only others have."""
+
+    size = 3
+
+    def __init__(self, *others: str) -> None:
+        self.others = others
+        self.sizes: list[tuple[int, ...]] = []
+
+    def gather(self, keys):
+        return [keys, [*keys, *self.others], keys]
+
+    def add_up(self, tensor):
+        self.sizes.append(tuple(tensor.shape))
+        tensor.mul_(3)
+
+
 def test_processes_are_added_up():
     meter = Meter(CPU)
     meter.add({"a": (1.0, 1)})
     meter.add({"a": (4.0, 1), "b": (6.0, 4)})
-    assert meter.means(lambda tensor: tensor.mul_(3)) == {"a": 2.5, "b": 1.5}
+    assert meter.means(Three()) == {"a": 2.5, "b": 1.5}
     assert meter.means() == {"a": 2.5, "b": 1.5}  # the sums here are as they were
+
+
+def test_what_only_other_processes_have_counted_is_exchanged_too():
+    meter, world = Meter(CPU), Three("b", "c\nd")
+    meter.add({"a": (1.0, 1)})
+    found = meter.means(world)
+    assert found["a"] == 1.0 and list(found) == ["a", "b", "c", "d"]
+    # One exchange for each key, in the same order everywhere.
+    assert world.sizes == [(1, 2), (1, 2), (2, 2)]

@@ -166,3 +166,31 @@ def test_a_run_with_deep_supervision_learns():
 def test_deep_supervision_needs_a_step():
     with pytest.raises(ValueError, match="steps"):
         DeepSupervision(entropy, 0)
+
+
+class Returned(Objective):
+    """Hands over one thing in place of an iterator of losses."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def losses(self, model: nn.Module, batch: Any) -> Any:
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (Returned(StepResult(torch.zeros(()))),
+         "losses of Returned .* got one that is returned. Write yield in place of return"),
+        (Returned(None), "losses of Returned must yield StepResults, .* got NoneType"),
+        (Returned(iter([torch.zeros(())])), "losses of Returned must yield StepResults, .* Tensor"),
+        (Returned([StepResult(0.5)]), "each with the loss as a tensor; got one with float"),
+        (lambda model, batch: (loss(model, batch), {}), "must return the loss, .* got tuple"),
+        (DeepSupervision(lambda outputs, batch: 0.5, steps=2), "must return the loss, .* float"),
+    ],
+)  # fmt: skip
+def test_what_is_no_loss_is_refused(objective, message):
+    model = embedded() if isinstance(objective, DeepSupervision) else network()
+    with pytest.raises(TypeError, match=message):
+        run(objective, model).fit()

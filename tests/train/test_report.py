@@ -13,7 +13,7 @@ import torch
 
 from trm_fast._dispatch import OPS, Op
 from trm_fast.train import Checkpoints, RunDirectory, Summary
-from trm_fast.train._ending import ended
+from trm_fast.train._summary import summary_values
 from trm_fast.train.backends import used
 from trm_fast.train.reports import tables
 from trm_fast.train.reports.curves import _figure, png, svg
@@ -414,7 +414,7 @@ def test_an_op_that_was_not_called_has_no_calls(made_up):
 def test_the_end_of_a_run_is_plain_json_and_is_read_back(run, made_up):
     summary = Summary(40, "the target is met", None, 4.0, 0, {"loss": math.nan}, {}, run / "x")
     with RunDirectory(run) as directory:
-        directory.write_json("summary.json", ended(summary, torch.device("cpu")))
+        directory.write_json("summary.json", summary_values(summary, torch.device("cpu")))
     found = json.loads((run / "summary.json").read_text())
     assert (found["checkpoint"], found["metrics"]) == ("x", {"loss": "NaN"})
     report = read_run(run)

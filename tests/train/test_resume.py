@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trm_fast.cli import main
 from trm_fast.train import Callback, Checkpoints, EarlyStopping, StopAtTarget
+from trm_fast.train.checkpoints.loading import load_run
 from trm_fast.train.run_directory import read_records
 
 from ..interruptions import Interruption, Killed, interrupted
@@ -245,3 +246,19 @@ def test_an_evaluation_after_the_last_checkpoint_is_recorded_once(tmp_path):
     assert Checkpoints(tmp_path / "parts").load().step == STEPS
     function_run(tmp_path / "parts", **never).fit(resume=True)
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+@pytest.mark.parametrize("version", [None, 1, 3])
+def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(version, tmp_path):
+    trainer = function_run(tmp_path)
+    trainer.fit()
+    state = Checkpoints(tmp_path).load().state
+    del state["trainer"]["version"]
+    if version is not None:
+        state["trainer"]["version"] = version
+    Checkpoints(tmp_path).save(STEPS + 1, state)
+    message = f"must be of version 2 of the state of a trainer; got {version or 1}. Go on with the"
+    with pytest.raises(ValueError, match=message):
+        function_run(tmp_path, steps=20).fit(resume=True)
+    with pytest.raises(ValueError, match=message):
+        load_run(function_run(None), tmp_path)

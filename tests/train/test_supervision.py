@@ -152,8 +152,8 @@ def test_joint_supervision_needs_a_step():
 
 def test_a_function_is_an_objective():
     plain = FunctionObjective(lambda net, rows: net * rows)
-    assert list(plain.losses(2.0, 3.0)) == [StepResult(6.0)]
-    result = StepResult(1.0, {"a": (1.0, 1.0)})
+    assert list(plain.losses(torch.tensor(2.0), 3.0)) == [StepResult(torch.tensor(6.0))]
+    result = StepResult(torch.tensor(1.0), {"a": (1.0, 1.0)})
     assert next(FunctionObjective(lambda net, rows: result).losses(0, 0)) is result
     assert plain.state_dict() == {} and plain.backwards == 1
 

@@ -11,12 +11,12 @@ from trm_fast.train.run import Step
 
 
 class ExtraUpdates:
-    """Takes them, counts them, and keeps the state of their objectives.
+    """Makes them, counts them, and keeps the state of their objectives.
 
     Args:
         update: of the run.
-        meter: of the run, which takes their metrics.
-        guard: of the run, which takes their verdicts.
+        meter: of the run, to which their metrics are added.
+        guard: of the run, which is given their verdicts.
 
     Attributes:
         count: extra updates so far.
@@ -28,7 +28,7 @@ class ExtraUpdates:
         self._objectives: dict[str, Objective] = {}
         self._states: dict[str, Any] = {}  # of a checkpoint, until their objectives come
 
-    def take(
+    def update_once(
         self,
         objective: Objective,
         batches: Sequence[Any],
@@ -46,7 +46,7 @@ class ExtraUpdates:
         """
         if not batches:
             raise ValueError("Trainer: extra_update needs at least one batch; got none")
-        self._know(objective, name)
+        self._register(objective, name)
         with self.update.set_aside():
             found = self.update.gradients(objective, batches, self.count + 1, clip_norm)
             self.update.move(found)
@@ -59,7 +59,7 @@ class ExtraUpdates:
         self.guard.note(found.finite, label, found.overflow)
         return found
 
-    def _know(self, objective: Objective, name: str) -> None:
+    def _register(self, objective: Objective, name: str) -> None:
         known = self._objectives.setdefault(name, objective)
         if type(known) is not type(objective):
             raise ValueError(
@@ -71,12 +71,12 @@ class ExtraUpdates:
             objective.load_state_dict(self._states.pop(name))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the count, and the states of the objectives in this process."""
+        """Returns the states of the objectives in this process; the count is that of all."""
         states = {name: part.state_dict() for name, part in self._objectives.items()}
-        return {"count": self.count, "objectives": self._states | states}
+        return self._states | states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` returned; an objective gets its state back when the name
         comes first."""
-        self.count, self._states = state["count"], dict(state["objectives"])
+        self._states = dict(state)
         self._objectives.clear()

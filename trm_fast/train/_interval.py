@@ -1,15 +1,12 @@
 """What a run says of the updates since it last said something: means, pace, what callbacks add."""
 
 import math
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from trm_fast.train.callbacks import Callback
+from trm_fast.train.distributed import World
 from trm_fast.train.meter import Meter
 from trm_fast.train.run import Record
-
-Reduce = Callable[[Tensor], None] | None
 
 
 class Interval:
@@ -44,7 +41,7 @@ class Interval:
 
 
 def add_metrics(
-    record: Record, callbacks: Mapping[str, Callback], meter: Meter, reduce: Reduce
+    record: Record, callbacks: Mapping[str, Callback], meter: Meter, world: World
 ) -> None:
     """Adds the metrics of callbacks to a record, under their own names.
 
@@ -52,20 +49,28 @@ def add_metrics(
         record: is changed.
         callbacks: by name.
         meter: an empty one.
-        reduce: as for ``Meter.means``.
+        world: the processes.
 
     Raises:
-        ValueError: a name is taken.
+        ValueError: a name is used twice, in any process.
     """
+    # The others have none, in any process.
+    adding = {n: c for n, c in callbacks.items() if type(c).metrics is not Callback.metrics}
+    if not adding:
+        return
+    found = {name: callback.metrics() for name, callback in adding.items()}
+    names = {name: {*metrics} for name, metrics in found.items()}
+    for part in world.gather(names) if world.size > 1 else ():
+        names = {name: keys | part[name] for name, keys in names.items()}
     owners = dict.fromkeys(record, "the trainer")
-    for name, callback in callbacks.items():
-        found = callback.metrics()
-        for key in found:
+    for name, keys in names.items():
+        for key in sorted(keys):
             if key in owners:
                 raise ValueError(
                     f"Trainer: metrics must have names of their own; got {key!r} from "
                     f"{owners[key]} and from callback {name}"
                 )
             owners[key] = f"callback {name}"
-        meter.add(found)
-    record |= meter.means(reduce)
+    for metrics in found.values():
+        meter.add(metrics)
+    record |= meter.means(world)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class Update:
         world: the processes.
         ema: moved after each update, or None.
         precision: "bf16" or "fp16" for autocast, or "fp32".
+
+    Attributes:
+        pending: whether there are gradients that have not moved the weights.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Update:
         self.scales = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.sharded = isinstance(model, FSDPModule)
         self.on_device = self.scales and world.device.type == "cuda"
-        self._pending = False
+        self.pending = False
 
     def gradients(
         self, objective: Objective, batches: Sequence[Any], index: int, clip_norm: float | None
@@ -68,10 +72,11 @@ class Update:
             clip_norm: largest norm of the gradients of all parameters, or None.
 
         Raises:
+            TypeError: the objective yields something else than a ``StepResult`` with a tensor.
             ValueError: the objective yields no loss, or not as many as it declares.
             RuntimeError: another step has gradients and has not moved.
         """
-        if self._pending:
+        if self.pending:
             raise RuntimeError(
                 "Trainer: extra_update must not come between the gradients of a step and its "
                 "update; got a call in on_gradients. Call it in on_step"
@@ -86,6 +91,8 @@ class Update:
             count = 0
             with self._precision():
                 for found in self._results(objective, batch, slot == len(batches) - 1):
+                    if not (isinstance(found, StepResult) and isinstance(found.loss, Tensor)):
+                        raise _wrong_result(objective, found)
                     loss = found.loss / len(batches) if len(batches) > 1 else found.loss
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                     part = loss.detach()
@@ -103,7 +110,7 @@ class Update:
         self.world.average_gradients(self.params)
         self.world.gather_rows(self.params)
         norm, finite, overflow = self._verdict(total)
-        self._pending = True
+        self.pending = True
         return Step(
             index, batches, total, losses, samples, metrics, norm, finite, clip_norm, overflow
         )
@@ -111,7 +118,11 @@ class Update:
     def _results(self, objective: Objective, batch: Any, is_last: bool) -> Iterator[StepResult]:
         """Returns the results of a batch. Sharded gradients are exchanged from the last loss of the
         last batch on, or with all of its losses if their number is unknown."""
-        results = objective.losses(self.model, batch)
+        results: Any = objective.losses(self.model, batch)
+        if type(results) is not GeneratorType and (
+            isinstance(results, StepResult) or not hasattr(results, "__iter__")
+        ):
+            raise _wrong_result(objective, results)
         return (
             self._exchanged(results, objective.backwards or 1, is_last) if self.sharded else results
         )
@@ -156,7 +167,7 @@ class Update:
 
     def move(self, step: Step) -> None:
         """Clips and applies the gradients of a step, if it is finite."""
-        self._pending = False
+        self.pending = False
         if step.clip_norm is not None:
             self._clip(step.norm, step.clip_norm)
         if self.on_device:
@@ -198,7 +209,7 @@ class Update:
 
     def clear(self) -> None:
         """Drops the gradients, also those of a step that an error has ended."""
-        self._pending = False
+        self.pending = False
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
@@ -220,4 +231,16 @@ def _wrong_count(objective: Objective, count: int) -> ValueError:
     wanted = "at least one" if declared is None else f"{declared}, as backwards says"
     return ValueError(
         f"Trainer: losses of {type(objective).__name__} must yield {wanted}; got {count}"
+    )
+
+
+def _wrong_result(objective: Objective, found: Any) -> TypeError:
+    got = type(found).__name__
+    if isinstance(found, StepResult):
+        got = f"one with {type(found.loss).__name__}"
+        if isinstance(found.loss, Tensor):
+            got = "one that is returned. Write yield in place of return"
+    return TypeError(
+        f"Trainer: losses of {type(objective).__name__} must yield StepResults, each with the loss "
+        f"as a tensor; got {got}"
     )

@@ -34,8 +34,8 @@ class EpochBatches:
     such a source for ``Batches`` unless it is given in here.
 
     Args:
-        source: gives the batches of one epoch each time it is iterated over; or a function of the
-            number of the epoch, from 0, that returns them.
+        source: gives the batches of one epoch each time it is iterated over, by ``__iter__`` or by
+            ``__getitem__``; or a function of the number of the epoch, from 0, that returns them.
         epochs: how many; None means without end.
         seed: None draws an epoch from the generators as they are. A number >= 0 seeds those of
             Python, NumPy and torch before each epoch, so that everything random in it, dropout too,
@@ -48,6 +48,7 @@ class EpochBatches:
             source is asked for a further one.
 
     Raises:
+        TypeError: the source is neither.
         ValueError: while iterating, if the source gives no batch.
     """
 
@@ -58,6 +59,11 @@ class EpochBatches:
         *,
         seed: int | None = None,
     ) -> None:
+        if not (is_iterated(source) or callable(source)):
+            raise TypeError(
+                "EpochBatches: source must be something to iterate over, or a function that "
+                f"returns it; got {type(source).__name__}"
+            )
         self.source, self.epochs, self.seed = source, epochs, seed
         self.epoch = self.position = self.completed = 0
         self._start: dict[str, Any] | None = None
@@ -121,9 +127,10 @@ class EpochBatches:
         return rest
 
     def _of_epoch(self) -> Iterable[Any]:
-        if isinstance(self.source, Iterable):
-            return self.source
-        batches = self.source(self.epoch)
+        source: Any = self.source
+        if is_iterated(source):
+            return source  # type: ignore[no-any-return]
+        batches: Iterable[Any] = source(self.epoch)
         self._length = _length_of(batches)
         return batches
 
@@ -156,7 +163,7 @@ class EpochBatches:
         """Goes to the place of a ``state_dict``; an iterator from before must not be used."""
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._start = state["start"]
-        if not isinstance(self.source, Iterable):
+        if not is_iterated(self.source):
             self._length = state["length"]
         self.completed = self.epoch + (0 < (self._length or 0) <= self.position)
 
@@ -171,13 +178,19 @@ def _length_of(source: Any) -> int | None:
         return None
 
 
+def is_iterated(source: Any) -> bool:
+    """Returns whether something is iterated over, and not a function that makes batches."""
+    kind = type(source)
+    return hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+
+
 def batches_of(given: Iterable[Any]) -> Batches:
     """Returns batches that know their place as they are, and others in an ``EpochBatches``."""
     return given if isinstance(given, Batches) else EpochBatches(given)
 
 
 def iterator_of(source: Batches) -> Iterator[Any]:
-    """Returns an iterator for ``take``."""
+    """Returns an iterator for ``next_batches``."""
     return source.with_ends() if isinstance(source, EpochBatches) else iter(source)
 
 
@@ -193,7 +206,7 @@ def exhausted(source: Any) -> bool:
     return limited and source.completed >= source.epochs
 
 
-def take(
+def next_batches(
     iterator: Iterator[Any], source: Any, count: int, device: torch.device
 ) -> tuple[list[Any], str]:
     """Returns the next batches on a device, fewer at the end of an epoch, none at the end of all or

@@ -32,14 +32,17 @@ class Callback:
         """After each update; ``run.step`` counts it already. The gradients are still there."""
 
     def on_epoch(self, run: Run, epoch: int) -> None:
-        """After all batches of an epoch have been used, with its number, from 0."""
+        """After all batches of an epoch have been used, with its number, from 0. ``EpochBatches``
+        have epochs, thus every plain iterable, which a trainer puts into them; and own ``Batches``
+        with an attribute ``completed``, the epochs of which all batches were given, such as
+        ``PuzzleBatches``. Others have none."""
 
     def on_stage(self, run: Run, stage: str) -> None:
         """When a stage of a ``Curriculum`` begins, with its name; not again after a resume."""
 
     def metrics(self) -> Metrics:
         """Returns what an interval has shown, as ``StepResult.metrics``; called once when it is
-        logged. The means stand in its record under the same names, which nobody else may use."""
+        logged. The means stand in its record under the same names, which must be its own."""
         return MappingProxyType({})
 
     def on_log(self, run: Run, record: Record) -> None:

@@ -25,7 +25,8 @@ class TrainerConfig:
         evaluate_every: updates per evaluation; 0 evaluates at the end only.
         save_every: updates per checkpoint; 0 saves at the end only.
         keep_last: checkpoints that are kept at least, the latest ones, >= 2.
-        monitor: metric of the evaluation by which the best checkpoint is kept; empty for none.
+        monitor: metric of the evaluation by which the best checkpoint is kept; empty for none. With
+            stages the best is that of the last stage: values of different data do not compare.
         mode: whether the best value is the "max" or the "min".
         on_nonfinite: "stop" after ``max_nonfinite`` updates in a row were skipped because a loss or
             gradient was not finite, or "skip" as many as there are. Overflows of "fp16" that a

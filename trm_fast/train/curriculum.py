@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from trm_fast.train.batches import Batches, batches_of, completed, exhausted
+from trm_fast.train._stage_batches import StageBatches
 from trm_fast.train.callbacks import metric
-from trm_fast.train.config import Mode
+from trm_fast.train.config import Mode, TrainerConfig
 from trm_fast.train.run import Evaluate, Record, Run
 
 Done = Callable[[Record], str | None]
@@ -24,12 +24,15 @@ class Stage:
     Args:
         name: what it is called, which no other stage may be.
         batches: as for ``Trainer``, or a function that makes them when the stage begins; None goes
-            on with those of the stage before.
+            on with those of the stage before. Stages that are given the same batches go on with
+            them where they stand; a function must make new ones.
         evaluate: as for ``Trainer``; None takes the trainer's.
         steps: updates in the stage, >= 1; None sets no end.
         done: is given the record of each evaluation of the stage; returns why the stage is over,
-            or None. See ``until``.
-        settings: options of optimizers by name, for all groups that have them; or a function of the
+            or None. See ``until``. It is asked again after a resume, so it may depend on nothing
+            but the record.
+        settings: options of optimizers by name, for all groups that have them, but none that a
+            schedule moves, unless the stage has schedules of its own; or a function of the
             run that sets those of some groups, or attributes of the model. It is called when the
             stage begins, and with each resume before options are loaded, so it may depend on
             nothing but the stage.
@@ -55,6 +58,23 @@ class Stage:
             value = getattr(self, what)
             if value is not None and value < least:
                 raise ValueError(f"Stage: {what} must be >= {least}, or None; got {value!r}")
+
+    def check_settings(self, scheduled: set[str]) -> None:
+        """Refuses options that would hold for one update only.
+
+        Args:
+            scheduled: options that the schedules before the stage move.
+
+        Raises:
+            ValueError: there is one, and the stage has no schedules of its own.
+        """
+        options = self.settings if isinstance(self.settings, Mapping) else {}
+        lost = sorted(scheduled & options.keys())
+        if lost and self.schedules is None:
+            raise ValueError(
+                "Stage: settings must not have an option that a schedule moves, which would set it "
+                f"back; got {lost[0]!r} in stage {self.name!r}. Give the stage schedules of its own"
+            )
 
 
 def until(monitor: str, target: float, mode: Mode = "max") -> Done:
@@ -93,39 +113,38 @@ class Curriculum:
         finished: why the last stage is over, or None.
 
     Raises:
-        ValueError: there is no stage, two have one name, none is called ``first``, or the first
-            stages have no batches.
+        ValueError: there is no stage, two have one name, none is called ``first``, or the first of
+            the stages has no batches.
     """
 
     def __init__(self, stages: Sequence[Stage], first: str = "") -> None:
         self.stages = tuple(stages)
         names = [stage.name for stage in self.stages]
-        if not names or len({*names}) < len(names):
-            got = ", ".join(names) or "none"
-            raise ValueError(f"Curriculum: stages must be at least one, each named; got {got}")
+        if not names:
+            raise ValueError("Curriculum: stages must be at least one; got none")
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(
+                    f"Curriculum: stages must have names of their own; got {name!r} twice"
+                )
         self.index = self.position(first) if first else 0
-        if all(stage.batches is None for stage in self.stages[: self.index + 1]):
-            raise ValueError(f"Curriculum: stage {names[self.index]!r} must have batches; got None")
+        if self.stages[0].batches is None:
+            # Any stage may be entered by its name, and each goes on with batches before it.
+            raise ValueError(
+                f"Curriculum: the first of the stages must have batches; got None in {names[0]!r}"
+            )
         self.step = 0
         self.history: list[Record] = []
         self.finished: str | None = None
         self.visited: list[str] = []
-        self.evaluate: Evaluate | None = None  # of stages that have none
-        self._next: tuple[int, str] | None = None
-        self._source: tuple[str, Batches] | None = None
-        self._sources: dict[str, Batches] = {}
-        self._places: dict[str, Any] = {}
-        self._epochs: dict[str, int] = {}
+        self.sources = StageBatches(self.stages)
+        self._next: tuple[str, str] | None = None
+        self._owned = False
 
     @property
     def stage(self) -> Stage:
         """The present stage."""
         return self.stages[self.index]
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that are over, and that callbacks know of."""
-        return sum(self._epochs.values())
 
     def position(self, name: str) -> int:
         """Returns the index of a stage.
@@ -154,34 +173,32 @@ class Curriculum:
         Raises:
             ValueError: there is none of this name.
         """
-        self._next = self.position(name), reason
+        self.position(name)
+        self._next = name, reason
 
-    def batches(self) -> Batches:
-        """Returns the batches of the present stage, made when they are asked for first."""
-        return (self._source or self._make_source())[1]
+    def check(self, run: Run, evaluate: Evaluate | None) -> None:
+        """Compares the stages with the run that they are for; no other one may have them.
 
-    def _make_source(self) -> tuple[str, Batches]:
-        origin = next(s for s in reversed(self.stages[: self.index + 1]) if s.batches is not None)
-        name = origin.name
-        if name not in self._sources:
-            given: Any = origin.batches
-            source = self._sources[name] = batches_of(
-                given if isinstance(given, Iterable) else given()
+        Args:
+            run: the run.
+            evaluate: what stages without an evaluation of their own have.
+
+        Raises:
+            ValueError: a stage does not fit the run, or another trainer has the stages.
+        """
+        if self._owned:
+            raise ValueError(
+                "Curriculum: a curriculum must be given to one trainer, as it knows where the run "
+                "stands; got one that another trainer has. Make a new one of the same stages"
             )
-            if name in self._places:
-                source.load_state_dict(self._places.pop(name))
-            # Epochs from before the run are nothing new.
-            self._epochs.setdefault(name, completed(source))
-        self._source = name, self._sources[name]
-        return self._source
-
-    def new_epoch(self) -> bool:
-        """Counts an epoch of the present batches that is over; returns whether there was one."""
-        name, source = self._source or self._make_source()
-        if completed(source) <= self._epochs[name]:
-            return False
-        self._epochs[name] += 1
-        return True
+        scheduled = _scheduled(run.schedules)
+        for stage in self.stages:
+            if stage.schedules is not None:
+                scheduled = set()  # which options its schedules move shows when it begins
+            stage.check_settings(scheduled)
+            if stage.done is not None:
+                _require_evaluations(stage, run.config, evaluate)
+        self._owned = True
 
     @property
     def entered(self) -> bool:
@@ -189,7 +206,7 @@ class Curriculum:
         return self.visited[-1:] == [self.stage.name]
 
     def enter(self, run: Run) -> None:
-        """Begins the present stage: evaluation, settings, schedules."""
+        """Begins the present stage: settings, schedules."""
         self.visited.append(self.stage.name)
         self._apply(self.stage, run)
 
@@ -199,13 +216,12 @@ class Curriculum:
             self._apply(self.stages[self.position(name)], run)
 
     def _apply(self, stage: Stage, run: Run) -> None:
-        if any(other.evaluate is not None for other in self.stages):
-            run.evaluator = stage.evaluate or self.evaluate
         groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
         for group in groups if stage.schedules is not None else ():
             # What the schedules before have made of it is undone.
             group["lr"] = group.pop("initial_lr", group["lr"])
         if isinstance(stage.settings, Mapping):
+            stage.check_settings(_scheduled(run.schedules))
             _set_options(groups, stage.settings, stage.name)
         elif stage.settings is not None:
             stage.settings(run)
@@ -225,7 +241,7 @@ class Curriculum:
             reason = self.stage.done(record)
         if reason is None and self.stage.steps is not None and self.step >= self.stage.steps:
             reason = f"all {self.stage.steps} steps of the stage are done"
-        if reason is None and exhausted(self.batches()):
+        if reason is None and self.sources.exhausted(self.index):
             reason = ENDED
         return reason
 
@@ -238,24 +254,21 @@ class Curriculum:
         """
         record = {"stage": self.stage.name, "step": step, "steps": self.step, "reason": reason}
         self.history.append(record)
-        index = self.index + 1 if self._next is None else self._next[0]
-        self._next = self._source = None
+        index = self.index + 1 if self._next is None else self.position(self._next[0])
+        self._next = None
+        self.sources.leave()
         if index == len(self.stages):
             self.finished = reason
             return False
         self.index, self.step = index, 0
         return True
 
-    def places(self) -> dict[str, Any]:
-        """Returns where the batches of the stages stand in this process."""
-        return self._places | {name: part.state_dict() for name, part in self._sources.items()}
-
-    def load_places(self, places: dict[str, Any]) -> None:
-        """Goes on from what ``places`` returned; iterators from before must not be used."""
-        self._places = dict(places)
-        for name, source in self._sources.items():
-            if name in self._places:
-                source.load_state_dict(self._places.pop(name))
+    def reopen(self) -> None:
+        """Takes the end of the last stage back, so that it is decided anew: the stage may be a
+        longer one now, or have another one after it."""
+        if self.finished is not None:
+            self.finished = None
+            self.history.pop()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns stage, step and history, with the names of the stages."""
@@ -263,9 +276,10 @@ class Curriculum:
             "stages": [stage.name for stage in self.stages],
             "index": self.index,
             "step": self.step,
+            "next": None if self._next is None else list(self._next),
             "visited": list(self.visited),
             "history": [dict(record) for record in self.history],
-            "epochs": dict(self._epochs),
+            "epochs": self.sources.state_dict(),
             "finished": self.finished,
         }
 
@@ -273,18 +287,38 @@ class Curriculum:
         """Goes on from what ``state_dict`` returned; stages may have been added or changed.
 
         Raises:
-            ValueError: a stage that was entered is no longer there.
+            ValueError: a stage that was entered, or is to be entered next, is no longer there.
         """
         self.index = self.position(state["stages"][state["index"]])
         for name in state["visited"]:
             self.position(name)
+        self._next = None
+        if state["next"] is not None:
+            name, reason = state["next"]
+            self.go_to(name, reason)
         self.step, self.visited = state["step"], list(state["visited"])
         self.history = [dict(record) for record in state["history"]]
-        self._epochs, self.finished = dict(state["epochs"]), state["finished"]
-        if self.finished is not None and self.index + 1 < len(self.stages):
-            # There are further stages now.
-            self.index, self.step, self.finished = self.index + 1, 0, None
-        self._next = self._source = None
+        self.finished = state["finished"]
+        self.sources.load_state_dict(state["epochs"])
+
+
+def _scheduled(schedules: Sequence[Any]) -> set[str]:
+    """Returns the options that schedules move: the learning rate, unless they name another one."""
+    return {getattr(schedule, "option", "lr") for schedule in schedules}
+
+
+def _require_evaluations(stage: Stage, config: TrainerConfig, evaluate: Evaluate | None) -> None:
+    if stage.evaluate is None and evaluate is None:
+        raise ValueError(
+            "Stage: done needs the argument evaluate of the stage or of the trainer; got None in "
+            f"stage {stage.name!r}"
+        )
+    every = config.evaluate_every if stage.evaluate_every is None else stage.evaluate_every
+    if every == 0:
+        raise ValueError(
+            "Stage: done needs evaluations during the stage: evaluate_every of the stage or of the "
+            f"trainer's config must be >= 1; got 0 in stage {stage.name!r}"
+        )
 
 
 def _set_options(groups: list[dict[str, Any]], options: Mapping[str, Any], stage: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_fast.train.distributed import World
 from trm_fast.train.objective import Metrics
 
 
@@ -37,23 +38,31 @@ class Meter:
         # Unlike torch.tensor, this copies nothing from the host.
         return torch.full((), number, dtype=self.dtype, device=self.device)
 
-    def means(self, reduce: Any = None) -> dict[str, float]:
+    def means(self, world: World | None = None) -> dict[str, float]:
         """Returns the means, NaN where nothing was counted.
 
         Args:
-            reduce: adds a tensor up over processes, in place; None for one process.
+            world: the processes to take the means over; all of them must call it, and what only
+                some have counted is theirs alone. None for this one.
         """
         sums: dict[str, list[float]] = {}
-        for key in sorted(self.totals):
-            values = self.totals[key].clone()
-            if reduce is not None:
-                reduce(values)
+        keys = {*self.totals}
+        if world is not None and world.size > 1:
+            # Each exchange is of one key, so all processes must go through the same ones.
+            keys = keys.union(*world.gather([*keys]))
+        for key in sorted(keys):
+            values = self.totals[key].clone() if key in self.totals else self._nothing(key)
+            if world is not None:
+                world.add_up(values)
             for name, (total, count) in zip(key.split("\n"), values.tolist(), strict=True):
                 old = sums.get(name, [0.0, 0.0])
                 sums[name] = [old[0] + total, old[1] + count]
         return {
             name: total / count if count else float("nan") for name, (total, count) in sums.items()
         }
+
+    def _nothing(self, key: str) -> Tensor:
+        return torch.zeros(len(key.split("\n")), 2, dtype=self.dtype, device=self.device)
 
     def clear(self) -> None:
         """Starts a new interval."""

@@ -68,6 +68,22 @@ class Objective(ABC):
         """Goes on from what ``state_dict`` returned."""
 
 
+def result_of(found: Any) -> StepResult:
+    """Returns what a function of a loss has returned as a ``StepResult``.
+
+    Raises:
+        TypeError: it is neither a tensor nor a ``StepResult``.
+    """
+    if isinstance(found, StepResult):
+        return found
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            "Trainer: the function of the loss must return the loss, a tensor, or a StepResult; "
+            f"got {type(found).__name__}"
+        )
+    return StepResult(found)
+
+
 class FunctionObjective(Objective):
     """An objective that keeps nothing: ``function(model, batch)`` returns the loss or a
     ``StepResult``."""
@@ -78,8 +94,7 @@ class FunctionObjective(Objective):
         self.function = function
 
     def losses(self, model: nn.Module, batch: Any) -> Iterator[StepResult]:
-        found = self.function(model, batch)
-        yield found if isinstance(found, StepResult) else StepResult(found)
+        yield result_of(self.function(model, batch))
 
 
 def objective_of(given: "Objective | Callable[[nn.Module, Any], Any]") -> Objective:

@@ -100,7 +100,7 @@ class Progress(Callback):
 
 
 def _shown_as(name: str, value: float) -> str:
-    # A metric without anything to count, such as finished puzzles, is NaN; a loss tells a fault.
+    # A metric without anything to count, such as finished puzzles, is NaN; a NaN loss is a fault.
     nothing = math.isnan(value) and name != "loss"
     return f"{name} -" if nothing else f"{name} {value:.4g}"
 

@@ -72,7 +72,6 @@ class Run(Protocol):
     schedules: list[Any]
     objective: Objective
     ema: WeightEMA | None
-    evaluator: Evaluate | None
     meter: Meter
     out: Path | None
     settings: dict[str, Any]
@@ -83,6 +82,10 @@ class Run(Protocol):
     metrics: dict[str, float]
     best: dict[str, float]
     history: list[Record]
+
+    @property
+    def evaluator(self) -> Evaluate | None:
+        """What evaluates the model in the present stage."""
 
     @property
     def batches(self) -> Iterable[Any]:
@@ -110,7 +113,8 @@ class Run(Protocol):
         """Returns the metrics of the model with its averaged weights."""
 
     def save(self) -> Path | None:
-        """Writes a checkpoint, unless there is one of what is now."""
+        """Writes a checkpoint, in a hook of a step as soon as the step is done; see
+        ``Trainer.save``."""
 
     def elapsed(self) -> float:
         """Returns the wall time of all parts of the run, in seconds."""

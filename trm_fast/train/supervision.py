@@ -14,7 +14,7 @@ from trm_fast.nn.carry import Batch, Carry
 from trm_fast.nn.supervision import deep_supervision
 from trm_fast.nn.tiny_recursive_model import TinyRecursiveModel
 from trm_fast.train.distributed import call_with_state
-from trm_fast.train.objective import Metrics, Objective, StepResult
+from trm_fast.train.objective import Metrics, Objective, StepResult, result_of
 
 # These are over all sequences; the others over those that halt.
 _OVER_ALL = ("lm_loss", "q_halt_loss", "q_continue_loss")
@@ -106,8 +106,7 @@ class DeepSupervision(_Supervision):
         return model.start(batch)
 
     def result(self, state: Any, outputs: Any, batch: Any, is_last: bool) -> StepResult:
-        found = self.loss(outputs, batch)
-        return found if isinstance(found, StepResult) else StepResult(found)
+        return result_of(self.loss(outputs, batch))
 
 
 class PerStepSupervision(_Supervision):

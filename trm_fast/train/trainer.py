@@ -16,18 +16,19 @@ from torch.optim import Optimizer
 
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
-from trm_fast.train._ending import ended
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
+from trm_fast.train._stage_runner import Actions, StageRunner
+from trm_fast.train._summary import summary_values
 from trm_fast.train._update import Update
-from trm_fast.train.batches import Batches, iterator_of, take, to_device
+from trm_fast.train.batches import Batches, to_device
 from trm_fast.train.callbacks import Callback, by_name, is_better, metric
 from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
-from trm_fast.train.curriculum import ENDED, Curriculum, Stage
+from trm_fast.train.curriculum import Curriculum, Stage
 from trm_fast.train.distributed import World, gathered
 from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.meter import Meter
@@ -49,8 +50,9 @@ class Trainer:
         optimizers: one, several, or a function of the model that makes them; FSDP2 needs the
             function, as it replaces the parameters.
         batches: an iterable of batches, which is repeated; what knows its place itself
-            (``Batches``); or a ``Curriculum``, whose stages have batches. A batch is a tensor, or a
-            mapping, list or tuple with tensors. With several processes each has its own part.
+            (``Batches``); or a ``Curriculum`` for this trainer alone, whose stages have batches. A
+            batch is a tensor, or a mapping, list or tuple with tensors. With several processes each
+            has its own part.
         objective: an ``Objective``, or a function ``(model, batch)`` that returns the loss or a
             ``StepResult``.
         config: the other settings.
@@ -115,16 +117,14 @@ class Trainer:
         plans = schedules(self.optimizers) if callable(schedules) else schedules
         self.schedules: list[Any] = list(plans)
         # A run without stages is one stage that sets nothing.
-        self.staged = isinstance(batches, Curriculum)
+        staged = isinstance(batches, Curriculum)
         self._curriculum = (
             batches if isinstance(batches, Curriculum) else Curriculum([Stage("train", batches)])
         )
-        self._curriculum.evaluate = evaluate
-        self._source: Batches | None = None
-        self._iterator: Iterator[Any] = iter(())
+        self._curriculum.check(self, evaluate)
         self.objective = objective_of(objective)
         self.ema = self._average()
-        self.evaluator = evaluate
+        self._evaluate_without_stage = evaluate
         self.callbacks = list(callbacks)
         by_name(self.callbacks)  # no two have one name
         self.name = name
@@ -147,11 +147,17 @@ class Trainer:
         self._clock: Callable[[], float] = lambda: self.seconds
         self._saved: tuple[tuple[int, ...], Path] | None = None
         self._interval = Interval()
+        self._in_step = False
+        actions = Actions(
+            self._guarded, self._log, self._evaluate, self._save,
+            lambda seconds: self._interval.pause(seconds),
+        )  # fmt: skip
+        self._stages = StageRunner(self, self._curriculum, staged, actions)
 
     @property
     def batches(self) -> Batches:
         """Those of the present stage."""
-        return self._curriculum.batches()
+        return self._curriculum.sources.of(self._curriculum.index)
 
     @batches.setter
     def batches(self, batches: Any) -> None:
@@ -161,6 +167,15 @@ class Trainer:
         )
 
     @property
+    def evaluator(self) -> Evaluate | None:
+        """What evaluates the model: that of the present stage, or that of the trainer."""
+        return self._curriculum.stage.evaluate or self._evaluate_without_stage
+
+    @evaluator.setter
+    def evaluator(self, evaluate: Evaluate | None) -> None:
+        self._evaluate_without_stage = evaluate
+
+    @property
     def curriculum(self) -> Curriculum:
         """The stages; a run without any has one."""
         return self._curriculum
@@ -168,7 +183,7 @@ class Trainer:
     @property
     def epochs(self) -> int:
         """Epochs that are over."""
-        return self._curriculum.epochs
+        return self._curriculum.sources.epochs
 
     @property
     def extra_updates(self) -> int:
@@ -231,7 +246,7 @@ class Trainer:
                 stack.callback(callback.close)
                 callback.on_start(self)
             summary = self._train(request)
-            self.files.write_json("summary.json", ended(summary, self.world.device))
+            self.files.write_json("summary.json", summary_values(summary, self.world.device))
             for callback in self.callbacks:
                 callback.on_end(self, summary)
         return summary
@@ -244,7 +259,7 @@ class Trainer:
         """
         if not self._curriculum.entered:
             self._curriculum.enter(self)
-        batches, _ = self._next()
+        batches, _ = self._next_batches()
         if not batches:
             raise ValueError("Trainer: batches must give at least one; got none")
         return float(self.train_step(batches).loss)
@@ -282,21 +297,32 @@ class Trainer:
         started, before = time.perf_counter(), self.seconds
         self._clock = lambda: before + time.perf_counter() - started
         self._interval = Interval(self.step, self.seconds)
-        self._source = None
         self._update.clear()
-        if not self._curriculum.entered:
-            self._begin_stage()
-        if self.staged and self._curriculum.finished is not None:
-            self.stop(self._curriculum.finished)
-        self._close_epochs()
+        self._in_hooks(self._stages.begin)
         while self.step < self.config.steps and self.stop_reason is None:
-            batches, names = self._next()
-            if batches:
+            batches, names = self._next_batches()
+            if not batches:
+                self._in_hooks(self._stages.after_batches)
+                continue
+            self._in_step = True
+            try:
                 self.train_step(batches, names)
-                self._after_step()
-                yield self.step
-            elif not self._close_epochs():
-                self._end_stage(ENDED)
+                self._stages.after_step(waits=self._update.on_device)
+            finally:
+                self._in_step = False
+            yield self.step
+
+    def _in_hooks(self, function: Callable[[], None]) -> None:
+        """Calls what calls hooks; a checkpoint that they ask for waits for the end of it."""
+        self._in_step = True
+        try:
+            function()
+        finally:
+            self._in_step = False
+
+    def _next_batches(self) -> tuple[list[Any], str]:
+        stages = self._curriculum
+        return stages.sources.next(stages.index, self.config.accumulate, self.world.device)
 
     def train_step(self, batches: Sequence[Any], names: str = "") -> Step:
         """Takes one step: gradients, hooks, update, schedules.
@@ -330,7 +356,7 @@ class Trainer:
         name: str = "extra",
     ) -> Step:
         """Moves the weights once more, with other batches: an update that is no step. It has a
-        counter of its own, ``extra_updates``; no schedule and no callback hears of it, but
+        counter of its own, ``extra_updates``; schedules and callbacks are not called for it, but
         optimizers and averages move as with a step. All processes must call it, between two steps
         or in any hook but ``on_gradients`` and ``on_save``.
 
@@ -347,82 +373,9 @@ class Trainer:
             ValueError: there is no batch, or another objective has this name.
         """
         moved = [to_device(batch, self.world.device) for batch in batches]
-        return self.extra.take(
+        return self.extra.update_once(
             objective_of(objective), moved, name, self.config.clip_norm, self.step
         )
-
-    def _next(self) -> tuple[list[Any], str]:
-        if self._source is None:
-            self._source = self.batches
-            self._iterator = iterator_of(self._source)
-        return take(self._iterator, self._source, self.config.accumulate, self.world.device)
-
-    def _close_epochs(self) -> bool:
-        """Calls callbacks for the epochs that are over; returns whether there are any."""
-        found = False
-        while self._curriculum.new_epoch():
-            found = True
-            for callback in self.callbacks:
-                callback.on_epoch(self, self.epochs - 1)
-        return found
-
-    def _after_step(self) -> None:
-        """After a step: check for skipped steps, log, evaluate, go on to another stage, save,
-        whichever is due."""
-        stage, step = self._curriculum.stage, self._curriculum.step
-        epoch_ends, is_last = self._close_epochs(), step == stage.steps
-        logs = is_last or self._is_due(self.config.log_every)
-        if logs or not self._update.on_device:
-            self._guarded()
-        if logs:
-            self._log()
-        every = stage.evaluate_every
-        if every is None:
-            evaluates = is_last or self._is_due(self.config.evaluate_every)
-        else:
-            evaluates = is_last or (every > 0 and step % every == 0)
-        saves = self._is_due(self.config.save_every)
-        if evaluates or saves or epoch_ends or self._curriculum.is_left:
-            began = self.elapsed()
-            self._between_steps(evaluates, saves)
-            self._interval.pause(self.elapsed() - began)  # this is not the pace of the steps
-
-    def _between_steps(self, evaluates: bool, saves: bool) -> None:
-        record, is_best = self._evaluate() if evaluates else (None, False)
-        reason = self._curriculum.reason_to_end(record)
-        if reason is not None:
-            if self.staged and self._interval.step < self.step:
-                self._log()
-            self._end_stage(reason)
-        if is_best or saves:
-            self.save()
-
-    def _end_stage(self, reason: str) -> None:
-        """Ends the stage and goes on with the next one, if there is one."""
-        name = self._curriculum.stage.name
-        over = f"stage {name!r} is over: {reason}" if self.staged else reason
-        if self._curriculum.advance(self.step, reason):
-            self._begin_stage(f"{over}; ")
-        else:
-            self.stop(over)
-
-    def _begin_stage(self, before: str = "") -> None:
-        """Begins the present stage.
-
-        Args:
-            before: what the event says first.
-        """
-        self._source = None
-        self._curriculum.enter(self)
-        if not self.staged:
-            return
-        name = self._curriculum.stage.name
-        self.event("stage", f"{before}stage {name!r} begins")
-        for callback in self.callbacks:
-            callback.on_stage(self, name)
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def _guarded(self) -> None:
         try:
@@ -431,29 +384,31 @@ class Trainer:
             self.event("stopped", str(error))
             try:
                 # Nothing was changed by the steps that were skipped, so nothing is lost.
-                self.save()
+                self._save()
             except ValueError as reason:
                 self.event("checkpoint", f"not written: {reason}")
             raise
 
     def _log(self) -> None:
-        """Writes the means of the interval, and what callbacks add to them."""
-        reduce = self.world.add_up if self.world.size > 1 else None
-        means = self.meter.means(reduce)
+        """Writes the means of the interval, and what callbacks add to them; nothing for an interval
+        without a step."""
+        if self._interval.step == self.step:
+            return
+        means, sums = self.meter.means(self.world), self.meter.state_dict()
         self.meter.clear()
         rate = float(self.optimizers[0].param_groups[0]["lr"])
-        record = self._interval.record(self.step, self.elapsed(), means | self._place(), rate)
-        add_metrics(record, by_name(self.callbacks), Meter(self.world.device), reduce)
+        numbers = means | self._stages.place()
+        record = self._interval.record(self.step, self.elapsed(), numbers, rate)
+        try:
+            add_metrics(record, by_name(self.callbacks), Meter(self.world.device), self.world)
+        except ValueError:
+            # A name that is used twice shows only now; the steps until here are worth keeping.
+            self.meter.load_state_dict(sums)
+            self._save()
+            raise
         self._record(record)
         for callback in self.callbacks:
             callback.on_log(self, record)
-
-    def _place(self) -> dict[str, float]:
-        """Returns what records say of the stage."""
-        found = self._curriculum
-        return (
-            {"curriculum/stage": found.index, "curriculum/step": found.step} if self.staged else {}
-        )
 
     def evaluate(self) -> dict[str, float]:
         """Returns the metrics of the model with its averaged weights; nothing of the run changes.
@@ -481,13 +436,13 @@ class Trainer:
         self.evaluated_at = self.step
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
-        record |= self.metrics | self._place()
+        record |= self.metrics | self._stages.place()
         self._record(record)
         try:
             is_best = self._is_best(record)
         except ValueError:
             # A wrong name shows only now; the steps until here are worth keeping.
-            self.save()
+            self._save()
             raise
         if is_best:
             self.best = {"step": self.step, **self.metrics}
@@ -504,15 +459,31 @@ class Trainer:
         return math.isfinite(value) and is_better(value, best, self.config.mode)
 
     def save(self) -> Path | None:
-        """Writes a checkpoint, unless there is one of what is now; it is durable on return.
+        """Writes a checkpoint, unless there is one of what is now. All processes must call it.
+
+        In a hook of a step it is written as soon as everything that belongs to the step is done, as
+        records, evaluation and the end of a stage: a resume goes on with the next step. Elsewhere
+        it is durable on return.
 
         Returns:
-            Its directory, or None if the trainer writes nothing.
+            Its directory; None if the trainer writes nothing, or will write it after the step.
 
         Raises:
             OSError: it cannot be written; earlier ones are as they were.
+            RuntimeError: in ``on_gradients``, where half of a step is done.
             ValueError: a weight or state of an optimizer is not finite.
         """
+        if self._update.pending:
+            raise RuntimeError(
+                "Trainer: save must not come between the gradients of a step and its update; got a "
+                "call in on_gradients. Call it in on_step"
+            )
+        if self._in_step and (self._saved is None or self._saved[0] != self._place_of_save()):
+            self._stages.wants_save = True
+            return None
+        return self._save()
+
+    def _save(self) -> Path | None:
         now = self._place_of_save()
         checkpoints = self.files.checkpoints
         if checkpoints is None:
@@ -523,8 +494,13 @@ class Trainer:
             self._guarded()
         state = snapshot(self)
         if self.world.is_main:
+            found = self._curriculum
             path = checkpoints.save(
-                self.step, state, score=self._score(), summary=dict(self.metrics)
+                self.step,
+                state,
+                score=self._score(),
+                summary=dict(self.metrics),
+                best_after=self.step - found.step if found.history else -1,
             )
             self._saved = now, path
             for callback in self.callbacks:
@@ -536,12 +512,17 @@ class Trainer:
 
     def _place_of_save(self) -> tuple[int, ...]:
         """Returns what differs where another checkpoint is worth writing."""
-        return self.step, self.evaluated_at, self.extra.count, len(self._curriculum.history)
+        stages = self._curriculum
+        return (
+            self.step, self.evaluated_at, self.extra.count, len(stages.history), stages.is_left
+        )  # fmt: skip
 
     def _score(self) -> float | None:
         monitor = self.config.monitor
         if monitor not in self.metrics or self.evaluated_at != self.step:
             return None
+        if self._curriculum.step == 0 and self._curriculum.history:
+            return None  # the evaluation was of the stage before
         score = self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
         return score if math.isfinite(score) else None
 
@@ -549,15 +530,18 @@ class Trainer:
         self._guarded()
         if signal is None:
             reason = self.stop_reason or f"all {self.config.steps} steps are done"
-            self._evaluate()
+            self._in_hooks(self._evaluate_at_end)
         else:
             reason = f"interrupted by {Signals(signal).name}"
             self.event("interrupted", reason)
-        path = self.save()
+        path = self._save()
         return Summary(
             self.step, reason, signal, self.elapsed(), self.guard.skipped,
             dict(self.metrics), dict(self.best), path,
         )  # fmt: skip
+
+    def _evaluate_at_end(self) -> None:
+        self._evaluate()
 
     def stop(self, reason: str) -> None:
         """Lets the run end after this step, with an evaluation and a checkpoint."""

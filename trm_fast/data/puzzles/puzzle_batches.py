@@ -73,6 +73,10 @@ class PuzzleBatches:
             and a generator seeded by (seed, epoch, batch), so that no rank and no world size
             changes what it does.
 
+    Attributes:
+        completed: epochs of which all visits are in batches that were given. Such a batch may also
+            have the first visits of the next epoch.
+
     Raises:
         ValueError: a number is out of range.
     """
@@ -105,6 +109,10 @@ class PuzzleBatches:
         self._epoch = self._visit = self._batch = 0
         self._order: tuple[int, _Order] | None = None
         self._last: tuple[int, Array] | None = None
+
+    @property
+    def completed(self) -> int:
+        return self._epoch + (self._visit == self.data.metadata.total_groups)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while (found := self._next_examples()) is not None:

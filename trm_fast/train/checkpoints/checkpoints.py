@@ -92,6 +92,7 @@ class Checkpoints:
         *,
         score: float | None = None,
         summary: Mapping[str, Any] | None = None,
+        best_after: int = -1,
     ) -> Path:
         """Saves a state and returns its directory as soon as that survives any crash.
 
@@ -105,6 +106,8 @@ class Checkpoints:
                 parts "model", "ema" and "optim" must be finite.
             score: finite, higher is better; None if this one was not scored.
             summary: plain values that ``list`` shows.
+            best_after: the best is looked for among checkpoints of later steps than this one, if
+                any of them has a score: those before it are scored by another measure.
 
         Raises:
             TypeError: the state holds something that is no state; nothing was written.
@@ -141,7 +144,8 @@ class Checkpoints:
             if saved.damage:
                 raise OSError(f"{saved.damage}; just after it was written")
             self._point("LATEST", path)
-            best = _best_first(infos)[: self.keep_best]
+            later = [info for info in infos if info.step > best_after]
+            best = (_best_first(later) or _best_first(infos))[: self.keep_best]
             if best and best[0].path.name != self._pointed("BEST", []):
                 self._point("BEST", best[0].path)
         self._prune(saved, infos, best)

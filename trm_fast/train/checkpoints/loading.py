@@ -3,7 +3,12 @@
 import os
 
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded
-from trm_fast.train.checkpoints.snapshot import Resumable, check_weights, load_weights
+from trm_fast.train.checkpoints.snapshot import (
+    Resumable,
+    check_version,
+    check_weights,
+    load_weights,
+)
 
 
 def load_run(
@@ -29,6 +34,7 @@ def load_run(
     own_average = run.ema is not None and not run.ema.is_of_optimizer
     parts = ("model", "optim", "trainer", *(["ema"] if own_average else []))
     loaded = Checkpoints(directory).load(which, parts=parts)
+    check_version(loaded.state)
     check_weights(run, loaded.state)
     run.curriculum.load_state_dict(loaded.state["trainer"]["curriculum"])
     run.curriculum.enter_again(run)

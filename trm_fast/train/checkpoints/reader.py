@@ -88,7 +88,7 @@ def read_checkpoint(
         OSError: a file cannot be read.
     """
     path = Path(path)
-    with _told(path):
+    with _located(path):
         manifest = _manifest(path)
         described = _described(path, manifest)
         wanted = described["parts"]
@@ -109,7 +109,7 @@ def read_checkpoint(
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _located(path: Path) -> Iterator[None]:
     """Puts the checkpoint's path in front of the reason why it cannot be read."""
     try:
         with files.explained("checkpoint", path):
@@ -206,7 +206,7 @@ def _described(path: Path, manifest: Mapping[str, tuple[int, str]]) -> dict[str,
 
 def info_of(path: Path) -> CheckpointInfo:
     try:
-        with _told(path):
+        with _located(path):
             manifest = _manifest(path)
             described = _described(path, manifest)
     except (ValueError, OSError) as error:
@@ -226,7 +226,7 @@ def info_of(path: Path) -> CheckpointInfo:
 def damage_of(path: Path) -> str | None:
     """Returns which file is not what the manifest says, or None."""
     try:
-        with _told(path):
+        with _located(path):
             manifest = _manifest(path)
             for name in manifest:
                 _contents(path, name, manifest)

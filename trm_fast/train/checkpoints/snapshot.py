@@ -15,6 +15,8 @@ from trm_fast.train.generators import generators, set_generators
 from trm_fast.train.run import Run
 from trm_fast.train.stateful import Stateful
 
+VERSION = 2  # of what a trainer saves; it grows when a resume needs something else
+
 
 class Resumable(Run, Protocol):
     """A run with all that a checkpoint holds; a ``Trainer`` is one."""
@@ -40,7 +42,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "extra": run.extra.state_dict(),
         "generators": generators(world.device),
         "meter": run.meter.state_dict(),
-        "batches": run.curriculum.places(),
+        "batches": run.curriculum.sources.places(),
         "callbacks": {name: state for name, state in states.items() if state},
         "buffers": world.own_values(_own_buffers(run)),
     }
@@ -49,6 +51,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "optim": {str(i): whole(o.state_dict()) for i, o in enumerate(run.optimizers)},
         "process": {str(rank): part for rank, part in enumerate(world.collect(own))},
         "trainer": {
+            "version": VERSION,
             "step": run.step,
             "seconds": run.elapsed(),
             "world_size": world.size,
@@ -57,6 +60,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
             "curriculum": run.curriculum.state_dict(),
             "scaler": None if run.scaler is None else run.scaler.state_dict(),
             "guard": run.guard.state_dict(),
+            "extra_updates": run.extra.count,
             "records": len(run.history),
             "metrics": dict(run.metrics),
             "evaluated_at": run.evaluated_at,
@@ -75,8 +79,10 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
         What could not be taken over because there are other processes now, or None.
 
     Raises:
-        ValueError: the snapshot is of another model, or other optimizers, callbacks or stages.
+        ValueError: the snapshot is of another model, or other optimizers, callbacks or stages, or
+            of another version of trm_fast that saves something else.
     """
+    check_version(state)
     saved = state["trainer"]
     same_world = saved["world_size"] == run.world.size
     own = state["process"][str(run.world.rank if same_world else 0)]
@@ -94,12 +100,13 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     run.step, run.seconds = saved["step"], saved["seconds"]
     run.metrics, run.best = saved["metrics"], saved["best"]
     run.evaluated_at = saved["evaluated_at"]
-    run.curriculum.load_places(own["batches"])
+    run.extra.count = saved["extra_updates"]
+    run.curriculum.sources.load_places(own["batches"])
     if not same_world:
         return (
             f"the checkpoint is of {saved['world_size']} processes, now there are "
-            f"{run.world.size}: carry and random generators start anew, and buffers that differ "
-            "are those of the first one"
+            f"{run.world.size}: carries, those of extra updates too, random generators and sums of "
+            "metrics start anew, and buffers that differ are those of the first one"
         )
     buffers = dict(run.model.named_buffers())
     with torch.no_grad():
@@ -141,6 +148,20 @@ def _restore_callbacks(callbacks: list[Callback], states: dict[str, Any]) -> Non
                 f"Trainer: the state of callback {name!r} must be one that it can load; got one "
                 f"with {', '.join(map(str, state))} ({type(error).__name__}: {error})"
             ) from error
+
+
+def check_version(state: dict[str, Any]) -> None:
+    """Compares the version of a snapshot with this one.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    found = state["trainer"].get("version", 1)
+    if found != VERSION:
+        raise ValueError(
+            f"Trainer: the checkpoint must be of version {VERSION} of the state of a trainer; got "
+            f"{found}. Go on with the trm_fast that has written it, which run.json names"
+        )
 
 
 def check_weights(run: Run, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from trm_fast.train.backends import used
 from trm_fast.train.config import Summary
 
 
-def ended(summary: Summary, device: torch.device) -> dict[str, Any]:
+def summary_values(summary: Summary, device: torch.device) -> dict[str, Any]:
     """Returns the summary of a run as plain values, with the backends that its ops have used.
 
     While a run goes on, its summary.json is an empty object: a run that is killed has said nothing.
