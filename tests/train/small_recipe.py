@@ -1,77 +1,60 @@
 """A whole recipe: two stages ended by a metric, a controller, a memory, and extra updates."""
 
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch.nn import Dropout, Linear, Module, Sequential, Tanh
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from trm_fast import train as t
-from trm_fast.optim import GrokFastAdamW
+from trm_fast import GrokFastAdamW, train
 from trm_fast.train.distributed import World
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head, self.drop = nn.Linear(6, 16), nn.Linear(16, 3), nn.Dropout(0.1)
-        self.register_buffer("memory", torch.zeros(16))
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.inner(features))
-        return self.head(self.drop(hidden + self.memory)), hidden
+class Memory(Module):
+    def forward(self, hidden):
+        self.new = hidden.detach().mean(0)
+        return hidden + self.kept
 
 
-class Remember(t.Objective):
-    def losses(self, model: nn.Module, batch: Any) -> Any:
-        logits, hidden = model(batch[0])
-        self.model, self.new = model, hidden.detach().mean(0)
-        each = cross_entropy(logits, batch[1], reduction="none")
-        yield t.StepResult(each.mean(), {"nats": (each.sum(), len(each))}, {"nats": each.detach()})
+class Remember(train.Objective):
+    def losses(self, model, batch):
+        self.memory, ce = model[2], cross_entropy(model(batch[0]), batch[1], reduction="none")
+        yield train.StepResult(ce.mean(), {"nats": (ce.sum(), len(ce))}, {"nats": ce.detach()})
 
-    def commit(self, finite: Tensor) -> None:
-        self.model.memory.lerp_(self.new, 0.1 * finite)
+    def commit(self, finite):
+        self.memory.kept.lerp_(self.memory.new, 0.1 * finite)
 
 
-class Controller(t.Callback):
-    lamb = 0.5
+class Controller(train.Callback):
+    def on_gradients(self, run, step):
+        (found,), (group,) = run.optimizers[0].statistics(), run.optimizers[0].param_groups
+        seen = float(found.cosine.nan_to_num().mean())
+        self.cosine = 0.9 * getattr(self, "cosine", 0.0) + 0.1 * seen
+        group["lamb"] = 0.5 + self.cosine
 
-    def on_gradients(self, run: t.Run, step: t.Step) -> None:
-        for found in run.optimizers[0].statistics():
-            self.lamb = 0.9 * self.lamb + 0.1 * float(1 + found.cosine.nan_to_num().mean())
-        run.optimizers[0].param_groups[0]["lamb"] = self.lamb
-
-    def on_step(self, run: t.Run, step: t.Step) -> None:
+    def on_step(self, run, step):
         if run.step % 10 == 0:
             worst = step.samples[0]["nats"].topk(3).indices
             run.extra_update(Remember(), [[part[worst] for part in step.batches[0]]], "replay")
 
-    def metrics(self) -> t.Metrics:
-        return {"control/lamb": (self.lamb, 1.0)}
+    def state_dict(self):
+        return {**vars(self)}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"lamb": self.lamb}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.lamb = state["lamb"]
+    def load_state_dict(self, state):
+        vars(self).update(state)
 
 
-def build(out: Path | None, *callbacks: t.Callback, **config: Any) -> t.Trainer:
-    world, generator = World("cpu"), torch.Generator().manual_seed(1)
-    features = torch.randn(64, 6, generator=generator)
-    targets = (features[:, :3] + features[:, 3:]).argmax(1)
-    own = TensorDataset(*(part[world.rank :: world.size] for part in (features, targets)))
+def build(out, *callbacks, **config):
+    world, features = World("cpu"), torch.randn(64, 6, generator=torch.manual_seed(0))
+    model = Sequential(Linear(6, 16), Tanh(), Memory(), Dropout(0.1), Linear(16, 3))
+    model[2].register_buffer("kept", torch.zeros(16))
+    data = features, (features[:, :3] + features[:, 3:]).argmax(1)
+    own = TensorDataset(*(part[world.rank :: world.size] for part in data))
     small, large = (DataLoader(own, size, shuffle=True) for size in (4, 8))
-    first = t.Stage("small", small, done=t.until("nats", 0.8, "min"))
-    second = t.Stage("large", large, done=t.until("nats", 0.5, "min"), settings={"lr": 0.002})
-    settings = {"steps": 400, "evaluate_every": 12, "save_every": 7, "log_every": 5, **config}
-    torch.manual_seed(0)
-    model = Model()
-    evaluate = lambda model: {"nats": float(cross_entropy(model(features)[0], targets))}  # noqa: E731
+    one = train.Stage("small", small, done=train.until("nats", 0.8, "min"))
+    two = train.Stage("large", large, done=train.until("nats", 0.5, "min"), settings={"lr": 0.002})
     optimizer = GrokFastAdamW(model.parameters(), lr=0.005, filter="ema", weight_ema=0.9)
-    return t.Trainer(
-        model, optimizer, t.Curriculum([first, second]), Remember(), t.TrainerConfig(**settings),
-        evaluate=evaluate, callbacks=[Controller(), *callbacks], out=out, device=world,
+    return train.Trainer(
+        model, optimizer, train.Curriculum([one, two]), Remember(),
+        train.TrainerConfig(**config), device=world, out=out, callbacks=[Controller(), *callbacks],
+        evaluate=lambda model: {"nats": float(cross_entropy(model(data[0]), data[1]))},
     )  # fmt: skip
