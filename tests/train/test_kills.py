@@ -8,10 +8,10 @@ from ..kills import kill_often
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_recipe_that_is_killed_ends_with_the_same_bits(size, kills, tmp_path):
+def test_a_recipe_that_is_killed_ends_with_the_same_bits(size, kills, memory):
     if size > 1 and not dist.is_gloo_available():
         pytest.skip("this torch is built without gloo")
-    found = kill_often(tmp_path, kills, size, seed=size)
+    found = kill_often(memory, kills, size, seed=size)
     assert (found.kills, found.differs) == (kills, [])
     # All of the run was reached: both stages were ended by their metric, in more steps than one
     # stage has, and each tenth step was followed by an extra update.

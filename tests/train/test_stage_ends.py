@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trm_fast.train import Callback, Checkpoints, Curriculum, EpochBatches, Run, Stage, until
+from trm_fast.train.reports.reading import read_run
 from trm_fast.train.run_directory import read_records
 
 from ..interruptions import Interruption, Killed
@@ -253,6 +254,8 @@ def test_the_best_is_that_of_the_present_stage(tmp_path):
     assert summary.best == {"step": 6, "value": 0.4}
     best = Checkpoints(tmp_path / "a").load("best")
     assert (best.step, best.score) == (6, 0.4)
+    report = read_run(tmp_path / "a")
+    assert report.best["step"] == 6 and report.best_checkpoint == best.path.name
     events = [record["message"] for record in read_records(tmp_path / "a" / "events.jsonl")]
     assert events[-1].endswith("stage 'b' begins")
 

@@ -181,6 +181,11 @@ class Trainer:
         return self._curriculum
 
     @property
+    def staged(self) -> bool:
+        """Whether the run was given stages."""
+        return self._stages.staged
+
+    @property
     def epochs(self) -> int:
         """Epochs that are over."""
         return self._curriculum.sources.epochs

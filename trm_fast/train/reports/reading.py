@@ -53,7 +53,8 @@ class RunReport:
         evaluations: records of evaluations, likewise.
         monitor: the metric by which the run is judged; empty if there was no evaluation.
         mode: whether "max" or "min" of it is best.
-        best: the best evaluation, the first of equal ones; None if there is none.
+        best: the best evaluation of the last stage that has any, the first of equal ones; None if
+            there is none.
         pace: updates per second, the median of the intervals; NaN if there is none.
         checkpoints: what they say of themselves, in the order of their saving.
         latest, best_checkpoint: names of those that LATEST and BEST name, or "".
@@ -325,7 +326,13 @@ def _monitor(
 def _best(evaluations: list[Record], monitor: str, mode: str) -> Record | None:
     sign = -1.0 if mode == "max" else 1.0
     known = [e for e in evaluations if not math.isnan(e.get(monitor, math.nan))]
+    # Stages are not compared; the step before its first one tells a stage from the others.
+    known = [e for e in known if _stage_start(e) == _stage_start(known[-1])]
     return min(known, key=lambda record: sign * float(record[monitor]), default=None)
+
+
+def _stage_start(record: Record) -> float:
+    return float(record["step"] - record["curriculum/step"]) if "curriculum/step" in record else 0.0
 
 
 def _checkpoints(path: Path) -> "list[CheckpointInfo]":
