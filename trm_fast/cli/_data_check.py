@@ -97,7 +97,7 @@ def check(path: Path) -> int:
         _check_rules(part)
     repeats, first = _shared(parts)
     for part in parts:
-        print(printable(f"{part.name}: {part.kind}, {'; '.join(_told(part))}"))
+        print(printable(f"{part.name}: {part.kind}, {'; '.join(_described(part))}"))
     by_name = {part.name: part for part in parts}
     if len(by_name) > 1:
         shown = f"{repeats:,} are in train too, first: {first}" if repeats else "none is in train"
@@ -193,7 +193,7 @@ def _read_rows(path: Path) -> _Part:
             form = sudoku_format if part.kind == "sudoku" else maze_format
             part.data = pairs_of_rows(_rows(path), form, guard)
     except ValueError:
-        # Without any row there is nothing to tell.
+        # Without any row there is nothing to say.
         if not part.bad:
             raise
     counts = guard.counts
@@ -302,7 +302,7 @@ def _maze_faults(inputs: Array, labels: Array) -> Iterator[tuple[Array, str]]:
 _RULES = {"sudoku": _sudoku_faults, "maze": _maze_faults}
 
 
-def _told(part: _Part) -> list[str]:
+def _described(part: _Part) -> list[str]:
     """Says how many rows there are and what they are like."""
     rows = [f"{part.rows:,} rows, {part.rows - part.bad:,} good and {part.bad:,} bad"]
     return [*(rows if part.rows else []), *part.remarks, *_sizes(part)]

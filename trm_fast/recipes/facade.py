@@ -123,7 +123,8 @@ class EpochTrainer(ABC):
 
     def curriculum(self) -> Curriculum | None:
         """Returns new stages, or None to train on ``batches``. An epoch is ``per_epoch`` batches
-        then, of whichever stage; the run also ends with the last stage."""
+        then, of whichever stage; where a stage ends within it, its training scores are those of the
+        batches after that. The run also ends with the last stage."""
         return None
 
     @abstractmethod
