@@ -15,25 +15,26 @@ from trm_fast.train.generators import fork_rng
 State = dict[str, Any]
 
 
-def further_state(trainer: Trainer, own: Sequence[Callback]) -> State:
+def further_state(trainer: Trainer, own: Sequence[Callback], staged: bool) -> State:
     """Returns the state, empty if there is nothing but weights and optimizer; all processes must
     call it.
 
     Args:
         trainer: whose state it is.
         own: the callbacks whose state belongs to it.
+        staged: whether stages and the places of their batches belong to it.
     """
     state = snapshot(trainer)
     names = by_name(own)
     for part in state["process"].values():
         part["callbacks"] = {k: v for k, v in part["callbacks"].items() if k in names}
-        if not trainer.staged:
+        if not staged:
             part["batches"] = {}  # an EpochTrainer knows its place itself
     kept: State = {name: state[name] for name in ("trainer", "process", "ema") if name in state}
     parts = state["process"].values()
     has_any = (
         "ema" in state
-        or trainer.staged
+        or staged
         or state["trainer"]["schedules"]
         or state["trainer"]["scaler"] is not None
         or any(part["objective"] or part["callbacks"] for part in parts)

@@ -361,7 +361,7 @@ class EpochTrainer(ABC):
         """Returns what goes on beside weights and optimizer."""
         if self._trainer_now is None:
             return self._loaded
-        return further_state(self._trainer_now, self._own)
+        return further_state(self._trainer_now, self._own, staged=self.batches is None)
 
     def _run(self, trainer: Trainer) -> None:
         trainer.fit()
