@@ -114,3 +114,10 @@ def test_a_test_of_triton_is_marked_in_the_interpreter_alone(request, monkeypatc
 def test_a_test_that_names_triton_in_its_code_is_marked_too(request, monkeypatch):
     assert INTERPRETED == "triton"
     assert found_in(request, monkeypatch) == [["interpreter"], []]
+
+
+@pytest.mark.interpreted(size=[1])
+@pytest.mark.parametrize(("name", "size"), [(INTERPRETED, 1), (INTERPRETED, 2), ("cpp", 2)])
+def test_large_grids_of_the_interpreter_stand_in_the_long_lane(request, monkeypatch, name, size):
+    wanted = [] if name == "cpp" else ["interpreter"] if size == 1 else ["interpreter", "long"]
+    assert found_in(request, monkeypatch) == [wanted, []]

@@ -73,9 +73,9 @@ def test_compiled_equals_eager(case, backend, compiler, recompute):
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        (Case(n=1, T=1), None),
+        pytest.param(Case(n=1, T=1), None, marks=pytest.mark.long),
         (Case("attention", n=1, T=1), None),
-        (Case("attention", n=1, T=1), "reference"),
+        pytest.param(Case("attention", n=1, T=1), "reference", marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -19,7 +19,8 @@ PACKAGE = __name__.partition(".")[0]
 
 def kinds(item: pytest.Function) -> Iterator[str]:
     """Yields the names of the markers that a test gets beside those that it has."""
-    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    named = item.callspec.params if hasattr(item, "callspec") else {}
+    params = named.values()
     fixtures = (definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values())
     functions = [item.function, *fixtures, *(p for p in params if isinstance(p, FunctionType))]
     used = frozenset().union(*map(names_used, functions))
@@ -33,6 +34,9 @@ def kinds(item: pytest.Function) -> Iterator[str]:
         words = words.union(*(f.__code__.co_consts for f in functions if hasattr(f, "__code__")))
         if "triton" in words:
             yield "interpreter"
+            grids = (mark.kwargs.items() for mark in item.iter_markers("interpreted"))
+            if any(named[name] not in values for grid in grids for name, values in grid):
+                yield "long"
 
 
 @cache
