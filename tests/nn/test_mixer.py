@@ -245,13 +245,13 @@ def test_a_module_does_what_its_name_does(mixer, norm):
 
 def test_a_name_stands_for_a_mixer_and_its_options(monkeypatch):
     monkeypatch.setattr("trm_fast.nn.mixer.MIXERS", dict(MIXERS))
-    assert named_mixer("gated_conv")(GatedConv) is GatedConv
-    block = Block(16, mixer="gated_conv", kernel=5)
+    assert named_mixer("a test")(GatedConv) is GatedConv
+    block = Block(16, mixer="a test", kernel=5)
     assert isinstance(block.mix, GatedConv) and block.mix.kernel == 5
-    assert "mixer='gated_conv'" in repr(block)
+    assert "mixer='a test'" in repr(block)
     with pytest.raises(ValueError) as error:
-        named_mixer("gated_conv")(GatedConv)
-    assert str(error.value) == "named_mixer: name must be a new one; got 'gated_conv'"
+        named_mixer("a test")(GatedConv)
+    assert str(error.value) == "named_mixer: name must be a new one; got 'a test'"
 
 
 def test_the_expansion_of_a_block_is_that_of_a_mixer_that_has_one():
@@ -272,8 +272,8 @@ def test_the_expansion_of_a_block_is_that_of_a_mixer_that_has_one():
         (
             {"mixer": "mlp"},
             ValueError,
-            "Block: mixer must be one of 'attention', 'mlp_t', a module or a function that makes "
-            "one; got 'mlp'",
+            f"Block: mixer must be one of {', '.join(map(repr, sorted(MIXERS)))}, a module or a "
+            "function that makes one; got 'mlp'",
         ),
         (
             {"mixer": 3},
