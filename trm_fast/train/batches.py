@@ -68,6 +68,8 @@ class EpochBatches:
         self.epoch = self.position = self.completed = 0
         self._start: dict[str, Any] | None = None
         self._length = _length_of(source)
+        # Asked once, as a protocol takes its time to be looked up.
+        self._has_state = isinstance(source, Stateful)
 
     @property
     def per_epoch(self) -> int | None:
@@ -139,8 +141,8 @@ class EpochBatches:
         own = getattr(self.source, "generator", None)
         if isinstance(own, torch.Generator):
             found["own"] = own.get_state()
-        if isinstance(self.source, Stateful):
-            found["source"] = self.source.state_dict()
+        if self._has_state:
+            found["source"] = self.source.state_dict()  # type: ignore[union-attr]
         return found
 
     def _go_back_to(self, start: dict[str, Any]) -> None:
