@@ -384,3 +384,22 @@ def test_a_kind_of_data_that_is_there_is_refused(own, capsys):
     own("data make", name="maze")
     assert main(["data", "make", "maze", "--to", "1"]) == 2
     assert "recipe maze: its data make must be a new kind; got 'maze'" in capsys.readouterr().err
+
+
+def test_overwriting_several_runs_removes_those_that_are_no_longer_asked_for(tmp_path):
+    assert train(SEVERAL, Config(models=3, out=str(tmp_path))) == 0
+    assert train(SEVERAL, Config(models=2, out=str(tmp_path)), overwrite=True) == 0
+    assert not (tmp_path / "model-2" / "ckpt").exists()
+    assert (tmp_path / "model-1" / "ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "ckpt", ".lock", "a\0b", "a b"])
+def test_a_run_has_no_name_of_a_file(name, tmp_path):
+    def two(config):
+        one = replace(config, models=1)
+        return {"a": one, name: one} if config.models == 2 else {}
+
+    made = Recipe(**DECLARED, runs=two)
+    with pytest.raises(ValueError, match="runs must have names that directories can have"):
+        train(made, Config(models=2, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -83,7 +83,7 @@ def test_processes_are_added_up():
 
 
 def test_what_only_other_processes_have_counted_is_exchanged_too():
-    meter, world = Meter(CPU), Three("b", "c\nd")
+    meter, world = Meter(CPU), Three("b", "c\0d")
     meter.add({"a": (1.0, 1)})
     found = meter.means(world)
     assert found["a"] == 1.0 and list(found) == ["a", "b", "c", "d"]

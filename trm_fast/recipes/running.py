@@ -1,6 +1,7 @@
 """Trains what some settings of a recipe stand for: one run, or several, one after another."""
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from trm_fast._json import load_object
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import directory_of, leaves, replaced, to_json
 from trm_fast.train import RunDirectory, Summary
+from trm_fast.train.run_directory import FILES
 
 Config = TypeVar("Config")
 
@@ -45,10 +48,28 @@ def train(
                     f"train {recipe.name}: out must be a directory without runs; got {out}, which "
                     "holds some. Choose another one, resume the runs, or overwrite them"
                 )
+            if overwrite:
+                _clear(directory)
             directory.write_json("config.json", to_json(config))
             said = {"name": recipe.name, "trm_fast": __version__, "runs": [*runs]}
             directory.write_json("run.json", said)
         return _train_all(recipe, runs, out, resume, overwrite)
+
+
+# Names of directories beside the files of the whole.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_TAKEN = (*FILES, "run.json", "ckpt")
+
+
+def _clear(directory: RunDirectory) -> None:
+    """Removes the runs of a whole, and a run that lies in their place."""
+    path = directory.path / "run.json"
+    said = load_object(path.read_bytes(), f"{path}:") if path.exists() else {}
+    for name in said.get("runs", ()):
+        if isinstance(name, str) and _NAME.fullmatch(name) and (directory.path / name).is_dir():
+            with RunDirectory(directory.path / name, files=("run.json",)) as run:
+                run.clear()
+    directory.clear()
 
 
 def runs_of(recipe: Recipe[Config], config: Config) -> dict[str, Config]:
@@ -65,7 +86,7 @@ def runs_of(recipe: Recipe[Config], config: Config) -> dict[str, Config]:
     out = _directory(recipe, config)
     placed = {}
     for name, each in runs.items():
-        if name in ("", ".", "..") or Path(name).name != name:
+        if not _NAME.fullmatch(name) or name in _TAKEN:
             raise ValueError(
                 f"recipe {recipe.name}: runs must have names that directories can have; got "
                 f"{name!r}"

@@ -22,8 +22,11 @@ class ExtraUpdates:
         count: extra updates so far.
     """
 
-    def __init__(self, update: Update, meter: Meter, guard: NonFiniteGuard) -> None:
+    def __init__(
+        self, update: Update, meter: Meter, guard: NonFiniteGuard, objective: Objective
+    ) -> None:
         self.update, self.meter, self.guard = update, meter, guard
+        self.objective = objective
         self.count = 0
         self._objectives: dict[str, Objective] = {}
         self._states: dict[str, Any] = {}  # of a checkpoint, until their objectives come
@@ -60,6 +63,14 @@ class ExtraUpdates:
         return found
 
     def _register(self, objective: Objective, name: str) -> None:
+        others = {key: part for key, part in self._objectives.items() if key != name}
+        owner = next((key for key, part in others.items() if part is objective), None)
+        if owner is not None or objective is self.objective:
+            raise ValueError(
+                f"Trainer: extra_update needs an objective of its own for each name; got that of "
+                f"{'the run' if owner is None else repr(owner)} for {name!r}, whose state a resume "
+                "could not tell apart"
+            )
         known = self._objectives.setdefault(name, objective)
         if type(known) is not type(objective):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What a run says of the updates since it last said something: means, pace, what callbacks add."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from trm_fast.train.callbacks import Callback
 from trm_fast.train.distributed import World
@@ -38,6 +38,30 @@ class Interval:
         self.step, self.seconds = step, seconds
         start: Record = {"kind": "train", "step": step, "seconds": round(seconds, 3)}
         return {**start, **numbers, "lr": lr, "steps_per_second": round(pace, 3)}
+
+
+# What a record says besides metrics.
+FIELDS = frozenset(
+    {"kind", "step", "seconds", "lr", "steps_per_second", "curriculum/stage", "curriculum/step"}
+)
+
+
+def check_names(names: Iterable[str], owner: str) -> None:
+    """Checks that metrics leave the other fields of a record alone.
+
+    Args:
+        names: of the metrics.
+        owner: where they come from, for the message.
+
+    Raises:
+        ValueError: a metric has the name of such a field, or cannot be printed.
+    """
+    for name in names:
+        if name in FIELDS or not name.isprintable():
+            raise ValueError(
+                f"Trainer: metrics of {owner} must have names that can be printed and are none of "
+                f"{', '.join(sorted(FIELDS))}; got {name!r}"
+            )
 
 
 def add_metrics(

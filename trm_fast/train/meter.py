@@ -8,6 +8,8 @@ from torch import Tensor
 from trm_fast.train.distributed import World
 from trm_fast.train.objective import Metrics
 
+_SEPARATOR = "\0"  # of the names that are counted together
+
 
 class Meter:
     """Adds up sums and counts of metrics; a mean is their quotient.
@@ -29,7 +31,7 @@ class Meter:
         if not numbers:
             return
         values = torch.stack([self._scalar(number) for number in numbers]).view(-1, 2)
-        key = "\n".join(metrics)
+        key = _SEPARATOR.join(metrics)
         self.totals[key] = self.totals[key] + values if key in self.totals else values
 
     def _scalar(self, number: Tensor | float) -> Tensor:
@@ -54,7 +56,7 @@ class Meter:
             values = self.totals[key].clone() if key in self.totals else self._nothing(key)
             if world is not None:
                 world.add_up(values)
-            for name, (total, count) in zip(key.split("\n"), values.tolist(), strict=True):
+            for name, (total, count) in zip(key.split(_SEPARATOR), values.tolist(), strict=True):
                 old = sums.get(name, [0.0, 0.0])
                 sums[name] = [old[0] + total, old[1] + count]
         return {
@@ -62,7 +64,7 @@ class Meter:
         }
 
     def _nothing(self, key: str) -> Tensor:
-        return torch.zeros(len(key.split("\n")), 2, dtype=self.dtype, device=self.device)
+        return torch.zeros(len(key.split(_SEPARATOR)), 2, dtype=self.dtype, device=self.device)
 
     def clear(self) -> None:
         """Starts a new interval."""

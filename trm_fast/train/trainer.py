@@ -18,7 +18,7 @@ from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
-from trm_fast.train._interval import Interval, add_metrics
+from trm_fast.train._interval import Interval, add_metrics, check_names
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
@@ -141,7 +141,7 @@ class Trainer:
         self.seconds = 0.0
         average = None if self.ema is None or self.ema.is_of_optimizer else self.ema
         self._update = Update(self.model, self.optimizers, self.world, average, config.precision)
-        self.extra = ExtraUpdates(self._update, self.meter, self.guard)
+        self.extra = ExtraUpdates(self._update, self.meter, self.guard, self.objective)
         self.history: list[Record] = []
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
@@ -405,9 +405,10 @@ class Trainer:
         numbers = means | self._stages.place()
         record = self._interval.record(self.step, self.elapsed(), numbers, rate)
         try:
+            check_names(means, "the objective")
             add_metrics(record, by_name(self.callbacks), Meter(self.world.device), self.world)
         except ValueError:
-            # A name that is used twice shows only now; the steps until here are worth keeping.
+            # A name that is taken shows only now; the steps until here are worth keeping.
             self.meter.load_state_dict(sums)
             self._save()
             raise
@@ -437,8 +438,14 @@ class Trainer:
         """
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
-        self.metrics = self.evaluate()
-        self.evaluated_at = self.step
+        found = self.evaluate()
+        try:
+            check_names(found, "the evaluation")
+        except ValueError:
+            # It shows only now; the steps until here are worth keeping.
+            self._save()
+            raise
+        self.metrics, self.evaluated_at = found, self.step
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
         record |= self.metrics | self._stages.place()
@@ -495,8 +502,8 @@ class Trainer:
             return None
         if self._saved is not None and self._saved[0] == now:
             return self._saved[1]
-        if self._update.on_device:
-            self._guarded()
+        # A verdict that is still open would be lost.
+        self._guarded()
         state = snapshot(self)
         if self.world.is_main:
             found = self._curriculum
@@ -549,7 +556,11 @@ class Trainer:
         self._evaluate()
 
     def stop(self, reason: str) -> None:
-        """Lets the run end after this step, with an evaluation and a checkpoint."""
+        """Lets the run end after this step, with an evaluation and a checkpoint.
+
+        A run that is interrupted before that goes on when it is resumed: a callback whose reason
+        still holds asks again in ``on_start``, as ``EarlyStopping`` does.
+        """
         self.stop_reason = reason
 
     def elapsed(self) -> float:
