@@ -12,7 +12,10 @@ def test_a_recipe_that_is_killed_ends_with_the_same_bits(size, kills, memory):
     if size > 1 and not dist.is_gloo_available():
         pytest.skip("this torch is built without gloo")
     found = kill_often(memory, kills, size, seed=size)
-    assert (found.kills, found.differs) == (kills, [])
+    assert found.differs == []
+    # After the last step, the run may have ended before the kill.
+    late = found.steps.count(found.length)
+    assert kills - late <= found.kills <= kills
     # All of the run was reached: both stages were ended by their metric, in more steps than one
     # stage has, and each tenth step was followed by an extra update.
     assert [stage["stage"] for stage in found.stages] == ["small", "large"]
