@@ -72,10 +72,16 @@ def device(backend: str) -> torch.device:
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Gives each test the same process: its order among the others must not matter."""
+    from trm_fast import _dispatch
+
     # These tensors are too small for more threads.
     torch.set_num_threads(1)
     torch.default_generator.manual_seed(request.config.getoption("randomly_seed", 0))
     limit, before = sys.getrecursionlimit(), _state()
+    # What ran instead of what in other tests is none of this one's.
+    for op in _dispatch.OPS.values():
+        op.choices.clear()
+        op.notes.clear()
     yield
     if request.node.get_closest_marker("compile"):
         torch._dynamo.reset()

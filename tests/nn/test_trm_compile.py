@@ -77,7 +77,6 @@ def test_the_first_call_of_a_process_may_be_a_compiled_one(backend):
     """What opens libraries and chooses implementations is no part of the graph."""
     skip_unless_usable(backend)
     torch._dynamo.reset()
-    OPS["latent_update"].choices.clear()
     _native.unusable.cache_clear()
     recursion, given = Recursion(Blocks(32, heads=2), 1, 1), torch.randn(3, 2, 5, 32).unbind()
     with use_backend(backend):

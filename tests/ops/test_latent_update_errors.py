@@ -183,17 +183,8 @@ CANNOT = {
 }
 
 
-@pytest.fixture
-def no_choices():
-    """The choices made so far are forgotten, before and after."""
-    choices = OPS["latent_update"].choices
-    choices.clear()
-    yield
-    choices.clear()
-
-
 @pytest.mark.parametrize("name", CANNOT)
-def test_sizes_that_cpp_cannot_run_fall_back(name, no_choices):
+def test_sizes_that_cpp_cannot_run_fall_back(name):
     skip_unless_runs("cpp")
     case, reason = CANNOT[name]
     inputs = make(case)
@@ -217,7 +208,7 @@ def test_sizes_that_a_named_cpp_cannot_run_are_an_error(name):
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_strict_mode_does_not_fall_back(name, no_choices, monkeypatch):
+def test_strict_mode_does_not_fall_back(name, monkeypatch):
     skip_unless_runs("cpp")
     case, reason = CANNOT[name]
     monkeypatch.setattr(_dispatch, "_strict", True)
@@ -229,7 +220,7 @@ def test_strict_mode_does_not_fall_back(name, no_choices, monkeypatch):
 
 
 @pytest.mark.parametrize("index", [1, 3])
-def test_layers_of_different_widths_do_not_run_on_cpp(index, no_choices):
+def test_layers_of_different_widths_do_not_run_on_cpp(index):
     """Its memory has the sizes of the first layer."""
     skip_unless_runs("cpp")
     case = Case(layers=2)
@@ -262,7 +253,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(backend, dtype, reason):
         latent_update(X.to(dtype), X, X, MIX, MLP, backend=backend)
 
 
-def test_dtypes_that_cpp_cannot_run_fall_back(no_choices):
+def test_dtypes_that_cpp_cannot_run_fall_back():
     skip_unless_runs("cpp")
     run(make(Case(), torch.float16), Case(), None)
     run(make(Case(), torch.float64), Case(), None)
@@ -271,7 +262,7 @@ def test_dtypes_that_cpp_cannot_run_fall_back(no_choices):
     assert all("runs float32 and bfloat16; got" in reason for reason in fallbacks.values())
 
 
-def test_a_cpu_without_the_instructions_falls_back(no_choices, monkeypatch):
+def test_a_cpu_without_the_instructions_falls_back(monkeypatch):
     skip_unless_runs("cpp")
 
     class Native:
