@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 from trm_fast.train import Callback, Checkpoints, Run, Step
 
+from .support.processes import start
 from .train import small_recipe
-from .train.processes import start
 from .train.runs import differences, result
 
 CONFIG = {

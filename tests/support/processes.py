@@ -1,4 +1,4 @@
-"""Functions run by several processes that are joined by gloo.
+"""Functions run by processes of their own: one, or several that are joined by gloo.
 
     def work(rank, factor):  # in a module under tests/, which the processes import by its name
         return factor * rank
@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -31,13 +32,29 @@ ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:
     sys.path.append(ROOT)
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "trm_fast"])
+CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor", "trm_fast.cli.train",
+     "trm_fast.recipes.puzzle", "jsonargparse"]
+)  # fmt: skip
 # Only ends what hangs.
 TIMEOUT_S = 600.0
 
 needs_gloo = pytest.mark.skipif(
     not dist.is_gloo_available(), reason="this torch is built without gloo"
 )
+
+
+def start(log: Path, function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Starts a function in a process of its own.
+
+    Args:
+        log: gets what it prints.
+        function: a function of a module, which returns the exit code.
+        args: what it gets; pickled.
+    """
+    process = CONTEXT.Process(target=_run, args=(log, function, args), daemon=True)
+    process.start()
+    return process
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
@@ -57,16 +74,14 @@ def run_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        processes = [
-            CONTEXT.Process(target=_run, args=(rank, ranks, folder, function, args), daemon=True)
-            for rank in range(ranks)
-        ]
+        processes: list[BaseProcess] = []
         try:
-            for process in processes:
-                process.start()
-            _join(processes)
+            for rank in range(ranks):
+                log = folder / f"{rank}.log"
+                processes.append(start(log, _join_ranks, rank, ranks, folder, function, args))
+            _wait(processes)
         finally:
-            for process in filter(lambda process: process.pid, processes):
+            for process in processes:
                 process.kill()
                 process.join()
         found = [_result(folder, rank) for rank in range(ranks)]
@@ -75,7 +90,7 @@ def run_ranks(function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[
     return [value for value, _ in found]
 
 
-def _join(processes: Sequence[Any]) -> None:
+def _wait(processes: Sequence[BaseProcess]) -> None:
     """Waits until all have ended, or one has failed, or the time is up."""
     running = {process.sentinel: process for process in processes}
     while running:
@@ -84,13 +99,19 @@ def _join(processes: Sequence[Any]) -> None:
             return
 
 
-def _run(
-    rank: int, ranks: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def _run(log: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(handle, stream)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
     torch.set_num_threads(1)
+    sys.exit(function(*args))
+
+
+def _join_ranks(
+    rank: int, ranks: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> bool:
+    """Joins the group and leaves the result, or the error, in the folder; returns if it failed."""
     try:
         dist.init_process_group(
             "gloo", f"file://{folder}/store", timedelta(seconds=TIMEOUT_S / 2), ranks, rank
@@ -100,7 +121,7 @@ def _run(
     except Exception:
         value, error = None, traceback.format_exc()
     torch.save((value, error), folder / f"{rank}.pt")
-    sys.exit(error is not None)
+    return error is not None
 
 
 def _result(folder: Path, rank: int) -> tuple[Any, str | None]:

@@ -3,16 +3,13 @@
 import math
 import os
 import signal
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -390,20 +387,6 @@ SCENES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def play(rank: int, size: int, directory: Path) -> int:
-    """Does all of it and writes what came out, or the error, into ``directory``."""
-    store = f"file://{directory / 'store'}"
-    # An error in one process may leave the other waiting; a busy machine may take its time.
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=5)
-    )
-    for name, scene in SCENES.items():
-        try:
-            found = {"value": scene(directory)}
-        except Exception:
-            found = {"error": traceback.format_exc()}
-        torch.save(found, directory / f"{name}-{rank}.pt")
-        if "error" in found:
-            return 1
-    dist.destroy_process_group()
-    return 0
+def play(rank: int, directory: Path) -> dict[str, Any]:
+    """Returns what came out of every scene."""
+    return {name: scene(directory) for name, scene in SCENES.items()}

@@ -2,50 +2,39 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from trm_fast.train import Checkpoints
 from trm_fast.train.distributed import World
 from trm_fast.train.run_directory import read_records
 
+from ..support.processes import needs_gloo, run_ranks
 from . import ranks
-from .processes import start
 from .runs import differences, result
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_gloo_available(), reason="this torch is built without gloo"
-)
-SIZE = 2
+pytestmark = needs_gloo
+
+
+class Played(NamedTuple):
+    """The folder in which two processes trained, and what came out of each scene in each."""
+
+    out: Path
+    found: list[dict[str, Any]]
+
+    def of(self, name: str) -> list[Any]:
+        return [scenes[name] for scenes in self.found]
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory) -> Path:
-    """Where two processes have written what came out; all in one start."""
-    directory = tmp_path_factory.mktemp("ranks")
+def played(tmp_path_factory) -> Played:
+    """All scenes, in one start."""
+    out = tmp_path_factory.mktemp("ranks")
     for strategy in ("ddp", "fsdp2"):
-        ranks.small(out=directory / f"from-one-{strategy}", steps=4, evaluate_every=0).fit()
-    logs = [directory / f"log{rank}" for rank in range(SIZE)]
-    processes = [start(logs[rank], ranks.play, rank, SIZE, directory) for rank in range(SIZE)]
-    for process in processes:
-        process.join()
-    return directory
-
-
-def of(played: Path, name: str) -> list[Any]:
-    """What came out in each process."""
-    found = []
-    for rank in range(SIZE):
-        path = played / f"{name}-{rank}.pt"
-        said = (played / f"log{rank}").read_text()
-        assert path.exists(), said
-        value = torch.load(path, weights_only=True)
-        assert "error" not in value, value.get("error", "") + said
-        found.append(value["value"])
-    return found
+        ranks.small(out=out / f"from-one-{strategy}", steps=4, evaluate_every=0).fit()
+    return Played(out, run_ranks(ranks.play, out))
 
 
 def flat(tensors: dict[str, Any]) -> torch.Tensor:
@@ -74,7 +63,7 @@ def test_two_processes_train_a_network_as_one_does(name, played):
     wanted = ranks.finished(ranks.small(**config))
     kinds = [record["kind"] for record in wanted["history"]]
     assert kinds == ["train", "evaluation"] * 3
-    assert_same_run(of(played, name), wanted, BOUND)
+    assert_same_run(played.of(name), wanted, BOUND)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +74,7 @@ def test_two_processes_train_a_puzzle_model_as_one_does(name, played):
     config = {"accumulate": 2, "clip_norm": 1.0} if "accumulated" in name else {}
     supervision = "joint" if "joint" in name else "per step"
     wanted = ranks.finished(ranks.trm(supervision, **config))
-    found = of(played, name)
+    found = played.of(name)
     # The scale of clipping is float32 in the optimizers: 2^-24 in place of 2^-51.
     assert_same_run(found, wanted, BOUND * (2**27 if config else 1))
     tables = [part["model"]["puzzles.table"] for part in (*found, wanted)]
@@ -108,11 +97,11 @@ def test_two_processes_exchange_what_the_end_of_a_batch_adds(name, played):
     """Three losses, whose number may be unknown, and a backward pass of the objective after the
     last one, which reaches weights that the losses have reached too."""
     config = {"accumulate": 2} if "accumulated" in name else {}
-    assert_same_run(of(played, name), ranks.finished(ranks.supervised(**config)), BOUND)
+    assert_same_run(played.of(name), ranks.finished(ranks.supervised(**config)), BOUND)
 
 
 def test_a_gradient_that_one_process_lacks_counts_as_zeros(played):
-    first, second = of(played, "missing")
+    first, second = played.of("missing")
     assert len(first["grads"]) == 8
     assert all(map(torch.equal, first["grads"], second["grads"]))
     assert all(bool(grad.any()) for grad in first["grads"])
@@ -120,19 +109,19 @@ def test_a_gradient_that_one_process_lacks_counts_as_zeros(played):
 
 
 def test_buffers_that_change_are_those_of_their_process_also_after_a_resume(played):
-    first, second = of(played, "remembered")
+    first, second = played.of("remembered")
     assert not torch.equal(first["wanted"], second["wanted"])
     for found in (first, second):
         assert found["step"] == 7 and torch.equal(found["found"], found["wanted"])
-    state = Checkpoints(played / "memory").load().state
+    state = Checkpoints(played.out / "memory").load().state
     assert torch.equal(state["model"]["memory"], first["wanted"])
     assert state["process"]["0"]["buffers"] == {}
     assert list(state["process"]["1"]["buffers"]) == ["memory"]
-    assert differences(result(played / "memory"), result(played / "memory-parts")) == []
+    assert differences(result(played.out / "memory"), result(played.out / "memory-parts")) == []
 
 
 def test_an_overflow_in_one_process_is_one_in_both(played):
-    found = of(played, "overflowing")
+    found = played.of("overflowing")
     for part in found:
         # From 2^16 and 2^15 down to 2^14; none of them ends the run.
         assert part["finite"] == [False, False, True, True, True, True]
@@ -141,7 +130,7 @@ def test_an_overflow_in_one_process_is_one_in_both(played):
 
 
 def test_processes_are_told_all_states_and_weigh_metrics_by_their_counts(played):
-    first, second = of(played, "gathered")
+    first, second = played.of("gathered")
     assert [len(state["own"][0]) for state in first["states"]] == [1, 2]
     assert [state["own"][1:] for state in first["states"]] == [[0, None, "x"], [1, None, "x"]]
     assert second["states"] == []
@@ -166,20 +155,20 @@ def test_one_process_is_a_world_of_its_own():
 
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_bits(played):
     # It is agreed upon one step late.
-    assert of(played, "stopped") == [4, 4]
-    assert of(played, "resumed") == of(played, "whole") == [9, 9]
-    assert differences(result(played / "whole"), result(played / "parts")) == []
-    state = Checkpoints(played / "whole").load().state["process"]
+    assert played.of("stopped") == [4, 4]
+    assert played.of("resumed") == played.of("whole") == [9, 9]
+    assert differences(result(played.out / "whole"), result(played.out / "parts")) == []
+    state = Checkpoints(played.out / "whole").load().state["process"]
     assert not torch.equal(
         *(state[rank]["batches"]["train"]["start"]["torch"] for rank in ("0", "1"))
     )
-    events = [event["event"] for event in read_records(played / "parts" / "events.jsonl")]
+    events = [event["event"] for event in read_records(played.out / "parts" / "events.jsonl")]
     assert events == ["interrupted", "resumed"]
 
 
 @pytest.mark.parametrize("name", ["spoilt", "spoilt, fsdp2"])
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(name, played):
-    found = of(played, name)
+    found = played.of(name)
     for part in found:
         assert part["skipped"] == 1
         before, after, later = part["weights"][1:4]
@@ -190,20 +179,20 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(name, playe
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_checkpoint_of_one_process_is_taken_up_by_two(strategy, played):
     name = "from one" if strategy == "ddp" else "from one, fsdp2"
-    saved = Checkpoints(played / f"from-one-{strategy}").load()
-    for part in of(played, name):
+    saved = Checkpoints(played.out / f"from-one-{strategy}").load()
+    for part in played.of(name):
         assert part["step"] == saved.step == 4
         for key in ("model", "optim", "ema"):
             assert same(part[key], saved.state[key]), key
-    events = read_records(played / f"from-one-{strategy}" / "events.jsonl")
+    events = read_records(played.out / f"from-one-{strategy}" / "events.jsonl")
     assert events[0]["message"].startswith("the checkpoint is of 1 processes, now there are 2")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_checkpoint_of_two_processes_is_taken_up_by_one(strategy, played):
     name = "to one" if strategy == "ddp" else "to one, fsdp2"
-    out = played / f"to-one-{strategy}"
-    wanted = of(played, name)[0]
+    out = played.out / f"to-one-{strategy}"
+    wanted = played.of(name)[0]
     saved = Checkpoints(out).load().state
     trainer = ranks.small(out=out, steps=9)
     assert trainer.fit(resume=True).step == 9

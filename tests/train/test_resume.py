@@ -18,7 +18,7 @@ from trm_fast.train.checkpoints.loading import load_run
 from trm_fast.train.run_directory import read_records
 
 from ..interruptions import Interruption, Killed, interrupted
-from .processes import start
+from ..support.processes import start
 from .runs import CASES, STEPS, differences, function_run, puzzle_run, result
 
 
