@@ -417,6 +417,14 @@ def test_wrong_counts_are_named(options, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("scale", [0.5, "1.0", {1.0, 2.0, 3.0}])
+def test_a_scale_that_is_no_sequence_is_named(scale):
+    wanted = "Recursion: step_scale must be a sequence of numbers, a function of the level or None"
+    with pytest.raises(TypeError) as error:
+        Recursion(Own(), step_scale=scale)
+    assert str(error.value) == f"{wanted}; got {scale!r}"
+
+
 @pytest.mark.parametrize("kind", ["own", "two networks", "blocks", "vectors", "op of vectors"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_call_may_have_counts_of_its_own(kind, compiled):

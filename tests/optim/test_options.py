@@ -101,3 +101,20 @@ def test_the_error_of_a_filter_lists_all_of_them():
     known = ", ".join(repr(name) for name in trm_fast.ops.FILTERS if name != "none")
     with pytest.raises(ValueError, match=f"filter must be {known} or None; got 'none'"):
         made(GrokFastAdamW, filter="none")
+
+
+@each_class
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_holds_for_all_groups_is_refused_in_one(kind, name):
+    if kind is GradFilter:
+        pytest.skip("has none of these")
+    group = {"params": [torch.nn.Parameter(torch.ones(2, 2))], name: None}
+    with pytest.raises(ValueError, match=f"{name} must be an argument of the optimizer, as it hol"):
+        kind([group | ({"algorithm": "muon"} if kind is MuGrokfast else {})])
+
+
+@each_class
+@pytest.mark.parametrize("value", ["no", None, 2])
+def test_a_switch_is_true_or_false(kind, value):
+    with pytest.raises(TypeError, match=f"{kind.__name__}: warmup must be True or False; got"):
+        made(kind, filter="ma", warmup=value)

@@ -149,3 +149,13 @@ def test_the_scale_is_saved_and_comes_back(tmp_path):
     again = run(Look(), objective=Overflow(2.0**14), out=tmp_path, steps=7)
     again.fit(resume=True)
     assert scales == [2.0**13] * 2 and again.scaler._get_growth_tracker() == 4
+
+
+def test_an_update_that_reaches_no_weight_of_the_optimizer_leaves_the_scale():
+    """As in a stage that trains other weights."""
+    other = nn.Parameter(torch.ones(2))
+    trainer = run(objective=lambda net, batch: other.square().sum(), steps=3)
+    before = [param.detach().clone() for param in trainer.model.parameters()]
+    assert trainer.fit().step == 3
+    assert trainer.scaler.get_scale() == START
+    assert all(map(torch.equal, before, trainer.model.parameters()))

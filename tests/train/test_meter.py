@@ -21,6 +21,26 @@ def test_a_mean_is_the_sum_of_sums_over_the_sum_of_counts():
     assert meter.means() == {"a": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("metrics", "got"),
+    [
+        ({"good": (1.0, 1), "a": 0.5}, "'a': 0.5"),
+        ({"a": (1.0, 2.0, 3.0)}, "'a': (1.0, 2.0, 3.0)"),
+        ({"a": (1.0, None)}, "'a': (1.0, None)"),
+        ({"a": "ab"}, "'a': 'ab'"),
+        ({"a": (torch.ones(2), 2)}, "'a': (tensor([1., 1.]), 2)"),
+        (None, "NoneType"),
+    ],
+)
+def test_a_metric_that_is_no_sum_and_count_is_named(metrics, got):
+    meter = Meter(CPU)
+    with pytest.raises(TypeError) as error:
+        meter.add(metrics)
+    assert str(error.value).startswith("Trainer: metrics must give for each name a pair, a sum and")
+    assert str(error.value).endswith(f"; got {got}")
+    assert meter.means() == {}
+
+
 def test_where_nothing_was_counted_the_mean_is_nan():
     meter = Meter(CPU)
     meter.add({"a": (0.0, 0.0)})

@@ -36,6 +36,20 @@ def test_metrics_of_an_evaluation_do_too(name, tmp_path):
     assert len([*(tmp_path / "ckpt").glob("step-*")]) == 1
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "a mapping of names to numbers; got None"),
+        ([0.5], r"a mapping of names to numbers; got \[0.5\]"),
+        ({"accuracy": None}, "a number for each metric; got None for 'accuracy'"),
+        ({"accuracy": torch.ones(2)}, r"a number for each metric; got tensor\(\[1., 1.\]\) for"),
+    ],
+)
+def test_an_evaluation_without_numbers_says_what_came(found, message):
+    with pytest.raises(TypeError, match=f"Trainer: evaluate must return .*{message}"):
+        line(evaluate=lambda model: found).evaluate()
+
+
 class Squares(Objective):
     def losses(self, model, batch):
         yield StepResult(model(batch).square().mean())

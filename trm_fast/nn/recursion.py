@@ -66,6 +66,7 @@ class Recursion(nn.Module):
 
     Raises:
         ValueError: ``n``, ``T``, ``grad_cycles`` or the length of ``step_scale`` is out of range.
+        TypeError: ``step_scale`` is neither a sequence nor a function.
 
     Example:
         >>> recursion = trm_fast.nn.Recursion(trm_fast.nn.Blocks(64, heads=4), n=6, T=3)
@@ -284,5 +285,13 @@ def _check(schedule: _Schedule) -> None:
         raise ValueError(
             f"Recursion: grad_cycles must be a whole number from 0 to T={T}; got {grad_cycles!r}"
         )
-    if scale is not None and not callable(scale) and len(scale) != T:
+    if scale is None or callable(scale):
+        return
+    is_sequence = hasattr(scale, "__len__") and hasattr(scale, "__getitem__")
+    if isinstance(scale, str) or not is_sequence:
+        raise TypeError(
+            "Recursion: step_scale must be a sequence of numbers, a function of the level or None; "
+            f"got {scale!r}"
+        )
+    if len(scale) != T:
         raise ValueError(f"Recursion: step_scale must have T={T} numbers; got {len(scale)}")

@@ -27,7 +27,7 @@ from trm_fast.optim._states import (
 )
 from trm_fast.optim._statistics import FilterStatistics, statistics_of
 from trm_fast.optim._step_cache import StepCache, check_grad
-from trm_fast.optim.options import FILTER_OPTIONS
+from trm_fast.optim.options import FILTER_OPTIONS, WHOLE
 
 
 class AdaptiveOptimizer(Optimizer):
@@ -97,7 +97,7 @@ class AdaptiveOptimizer(Optimizer):
         return numbers | {
             "filter": "none" if filter is None else filter,
             "lamb": group["lamb"] if filter is not None else 0.0,
-            "warmup": bool(group["warmup"]),
+            "warmup": _checked_flag(f"{name}: warmup", group["warmup"]),
             "maximize": group["maximize"],
             "weight_ema": 0.0 if weight_ema is None else weight_ema,
             "owner": name,
@@ -131,6 +131,12 @@ class AdaptiveOptimizer(Optimizer):
             ValueError, TypeError, RuntimeError: an option or a parameter is not supported; no group
                 is added.
         """
+        whole = [name for name in WHOLE if name in param_group]
+        if whole:
+            raise ValueError(
+                f"{type(self).__name__}: {whole[0]} must be an argument of the optimizer, as it "
+                "holds for all groups; got it in a group"
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -339,6 +345,12 @@ class AdaptiveOptimizer(Optimizer):
                 self._loaded,
                 lambda group: self._options(group).spec.needed,
             )
+
+
+def _checked_flag(option: str, value: Any) -> bool:
+    if isinstance(value, str) or value not in (True, False):
+        raise TypeError(f"{option} must be True or False; got {value!r}")
+    return bool(value)
 
 
 def _check_flags(owner: str, options: Group, backend: str | None) -> None:

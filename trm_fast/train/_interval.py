@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from trm_fast.train.callbacks import Callback
 from trm_fast.train.distributed import World
@@ -62,6 +63,28 @@ def check_names(names: Iterable[str], owner: str) -> None:
                 f"Trainer: metrics of {owner} must have names that can be printed and are none of "
                 f"{', '.join(sorted(FIELDS))}; got {name!r}"
             )
+
+
+def numbers_of(found: Any) -> dict[str, float]:
+    """Returns what a function of an evaluation has returned as plain numbers.
+
+    Raises:
+        TypeError: it is no mapping of names to numbers.
+    """
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"Trainer: evaluate must return metrics, a mapping of names to numbers; got {found!r}"
+        )
+    numbers: dict[str, float] = {}
+    for name, value in found.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                "Trainer: evaluate must return a number for each metric; got "
+                f"{value!r} for {name!r}"
+            ) from error
+    return numbers
 
 
 def add_metrics(

@@ -202,10 +202,13 @@ class Update:
 
     def _rescale(self, scaler: torch.amp.GradScaler, finite: Tensor) -> None:
         """Adapts the scale of the loss to the verdict, which all processes share."""
+        checked = False
         for optimizer in self.optimizers:
             for found_inf in scaler._found_inf_per_device(optimizer).values():
                 found_inf.copy_((~finite).float())
-        scaler.update()
+                checked = True
+        # Where no weight has a gradient, torch has nothing to adapt the scale to.
+        scaler.update(None if checked else scaler._scale)
 
     def clear(self) -> None:
         """Drops the gradients, also those of a step that an error has ended."""

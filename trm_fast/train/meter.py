@@ -1,5 +1,6 @@
 """Sums of metrics on the device, read by the host once per interval."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,11 +27,18 @@ class Meter:
 
     @torch.no_grad()
     def add(self, metrics: Metrics) -> None:
-        """Adds sums and counts; the names may differ from call to call."""
-        numbers = [number for pair in metrics.values() for number in pair]
-        if not numbers:
-            return
-        values = torch.stack([self._scalar(number) for number in numbers]).view(-1, 2)
+        """Adds sums and counts; the names may differ from call to call.
+
+        Raises:
+            TypeError: a metric is no pair of numbers.
+        """
+        try:
+            numbers = [number for total, count in metrics.values() for number in (total, count)]
+            if not numbers:
+                return
+            values = torch.stack([self._scalar(number) for number in numbers]).view(-1, 2)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise _wrong_metrics(metrics) from error
         key = _SEPARATOR.join(metrics)
         self.totals[key] = self.totals[key] + values if key in self.totals else values
 
@@ -77,3 +85,22 @@ class Meter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the sums of an interval."""
         self.totals = {key: values.to(self.device) for key, values in state.items()}
+
+
+def _wrong_metrics(metrics: Any) -> TypeError:
+    """Returns the error for the first metric that is no pair of numbers."""
+    got = type(metrics).__name__
+    if isinstance(metrics, Mapping):
+        wrong = ((name, value) for name, value in metrics.items() if not _is_pair(value))
+        got = next((f"{name!r}: {value!r}" for name, value in wrong), got)
+    return TypeError(
+        "Trainer: metrics must give for each name a pair, a sum and the count that it is divided "
+        f"by, each a number or a tensor of one; got {got}"
+    )
+
+
+def _is_pair(value: Any) -> bool:
+    def is_number(part: Any) -> bool:
+        return part.numel() == 1 if isinstance(part, Tensor) else isinstance(part, (int, float))
+
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))

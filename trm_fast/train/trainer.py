@@ -18,7 +18,7 @@ from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
-from trm_fast.train._interval import Interval, add_metrics, check_names
+from trm_fast.train._interval import Interval, add_metrics, check_names, numbers_of
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._signals import StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
@@ -421,6 +421,7 @@ class Trainer:
 
         Raises:
             ValueError: the trainer was given no ``evaluate``.
+            TypeError: that has not returned numbers by name.
         """
         if self.evaluator is None:
             raise ValueError("Trainer: evaluate() needs the argument evaluate; got None")
@@ -428,7 +429,7 @@ class Trainer:
         with evaluating(self.model), fork_rng(self.world.device), torch.no_grad(), averaged:
             with gathered(self.model):
                 found = self.evaluator(self.model)
-        return self.world.mean({name: float(value) for name, value in found.items()})
+        return self.world.mean(numbers_of(found))
 
     def _evaluate(self) -> tuple[Record | None, bool]:
         """Evaluates, keeps what is best, and calls callbacks.
