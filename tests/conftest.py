@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite: Triton's interpreter, backends, what no test leaves."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown:
         known = ", ".join(BACKENDS)
         raise pytest.UsageError(f"TRM_FAST_EXPECT must list {known}; got {', '.join(unknown)}")
+    # A shell lets what it starts in the background ignore SIGINT, and nohup lets it ignore SIGHUP.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

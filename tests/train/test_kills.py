@@ -6,8 +6,10 @@ import torch.distributed as dist
 from ..kills import kill_often
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(
+    ("size", "kills"),
+    [(2, 4), *(pytest.param(size, 20, marks=pytest.mark.long) for size in (1, 2))],
+)
 def test_a_recipe_that_is_killed_ends_with_the_same_bits(size, kills, memory):
     if size > 1 and not dist.is_gloo_available():
         pytest.skip("this torch is built without gloo")
