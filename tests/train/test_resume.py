@@ -1,9 +1,11 @@
 """A run that was interrupted and taken up again ends with the bits of one that was left alone."""
 
+import multiprocessing
 import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,16 @@ def test_a_loader_with_processes_of_its_own(tmp_path):
     make(tmp_path / "parts", Interruption("signal", 5)).fit()
     make(tmp_path / "parts").fit(resume=True)
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+@pytest.mark.parametrize("place", ["signal", "on_step", None])
+def test_the_processes_of_a_loader_end_with_the_run(place, tmp_path):
+    loader = DataLoader(Augmented(), 4, shuffle=True, num_workers=1)
+    callbacks = (Interruption(place, 5),) if place else ()
+    run = function_run(tmp_path, callbacks, batches=loader, steps=9)
+    with suppress(Killed):
+        run.fit()
+    assert multiprocessing.active_children() == []
 
 
 def test_a_finished_run_goes_on_with_more_steps(tmp_path):

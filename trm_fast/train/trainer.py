@@ -303,19 +303,23 @@ class Trainer:
         self._clock = lambda: before + time.perf_counter() - started
         self._interval = Interval(self.step, self.seconds)
         self._update.clear()
-        self._in_hooks(self._stages.begin)
-        while self.step < self.config.steps and self.stop_reason is None:
-            batches, names = self._next_batches()
-            if not batches:
-                self._in_hooks(self._stages.after_batches)
-                continue
-            self._in_step = True
-            try:
-                self.train_step(batches, names)
-                self._stages.after_step(waits=self._update.on_device)
-            finally:
-                self._in_step = False
-            yield self.step
+        try:
+            self._in_hooks(self._stages.begin)
+            while self.step < self.config.steps and self.stop_reason is None:
+                batches, names = self._next_batches()
+                if not batches:
+                    self._in_hooks(self._stages.after_batches)
+                    continue
+                self._in_step = True
+                try:
+                    self.train_step(batches, names)
+                    self._stages.after_step(waits=self._update.on_device)
+                finally:
+                    self._in_step = False
+                yield self.step
+        finally:
+            # Processes of a loader end now; as garbage they would take seconds.
+            self._curriculum.sources.leave()
 
     def _in_hooks(self, function: Callable[[], None]) -> None:
         """Calls what calls hooks; a checkpoint that they ask for waits for the end of it."""
