@@ -30,8 +30,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 test: lint build ## check style and types, then run the test suite
 	$(PYTEST) -m "not long"
 
-quick: build ## run the tests that take less than a minute: no compiler, processes or Triton
-	$(PYTEST) -m "not (long or slow or compile or processes or interpreter)"
+quick: build ## run for less than a minute: no compiler, processes or Triton, two cases of each test
+	$(PYTEST) --quick
 
 test-long: build ## run what takes minutes: a wheel from scratch, every GPU, full grids, kills
 	$(PYTEST) -m long

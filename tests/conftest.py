@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from .support.kinds import kinds
+from .support.kinds import kinds, quick
 
 # Triton reads both when it is first imported, so they are set before trm_fast is. Counting devices
 # asks the driver without starting CUDA in this process.
@@ -37,11 +37,19 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what takes little time, see make quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             for name in kinds(item):
                 item.add_marker(name)
+    if config.getoption("quick"):
+        chosen = dict.fromkeys(quick(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 def device_of(backend: str) -> torch.device:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,15 @@ def test_a_test_that_names_triton_in_its_code_is_marked_too(request, monkeypatch
 def test_large_grids_of_the_interpreter_stand_in_the_long_lane(request, monkeypatch, name, size):
     wanted = [] if name == "cpp" else ["interpreter"] if size == 1 else ["interpreter", "long"]
     assert found_in(request, monkeypatch) == [wanted, []]
+
+
+def test_the_quick_ones_are_two_cases_of_each_test_and_cost_little():
+    def item(name, *marks):
+        found = [SimpleNamespace(name=mark) for mark in marks]
+        return SimpleNamespace(nodeid=name, iter_markers=lambda: found)
+
+    items = [
+        item("a[0]", "parametrize"), item("a[1]", "slow"), item("b", "long"), item("c[2]"),
+        item("a[2]"), item("a[3]"), item("d"),
+    ]  # fmt: skip
+    assert kinds.quick(items) == [items[0], items[3], items[4], items[6]]

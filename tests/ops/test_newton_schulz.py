@@ -111,6 +111,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.interpreted(shape=[(20, 33)])
 @pytest.mark.parametrize("shape", [(20, 33), (33, 20), (1, 5), (5, 1)], ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 def test_strides_do_not_matter(backend, view, shape):

@@ -34,6 +34,7 @@ def check(backend, batch, hidden, dtype, **options):
 SIZES = [(1, 32), (7, 32), (33, 32)]
 
 
+@pytest.mark.interpreted(every=[True])
 @pytest.mark.parametrize("every", [False, True], ids=["per_level", "every_step"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_results_and_gradients(backend, size, every):
