@@ -30,7 +30,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 test: lint build ## check style and types, then run the test suite
 	$(PYTEST) -m "not long"
 
-quick: build ## run for less than a minute: no compiler, processes or Triton, two cases of each test
+quick: build ## run for less than a minute: no compiler, processes or Triton, one case of each test
 	$(PYTEST) --quick
 
 test-long: build ## run what takes minutes: a wheel from scratch, every GPU, full grids, kills

@@ -124,7 +124,7 @@ def test_large_grids_of_the_interpreter_stand_in_the_long_lane(request, monkeypa
     assert found_in(request, monkeypatch) == [wanted, []]
 
 
-def test_the_quick_ones_are_two_cases_of_each_test_and_cost_little():
+def test_the_quick_ones_are_a_case_of_each_test_and_cost_little():
     def item(name, *marks):
         found = [SimpleNamespace(name=mark) for mark in marks]
         return SimpleNamespace(nodeid=name, iter_markers=lambda: found)
@@ -133,4 +133,4 @@ def test_the_quick_ones_are_two_cases_of_each_test_and_cost_little():
         item("a[0]", "parametrize"), item("a[1]", "slow"), item("b", "long"), item("c[2]"),
         item("a[2]"), item("a[3]"), item("d"),
     ]  # fmt: skip
-    assert kinds.quick(items) == [items[0], items[3], items[4], items[6]]
+    assert kinds.quick(items) == [items[0], items[3], items[6]]

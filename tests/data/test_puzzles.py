@@ -100,6 +100,7 @@ def test_an_epoch_visits_each_group_once():
         assert sorted(own) == list(range(len(SIZES)))
 
 
+@pytest.mark.slow
 def test_choices_are_uniform():
     data = puzzle_set()
     epochs = 3000

@@ -247,6 +247,7 @@ def test_the_first_of_several_runs_is_rehearsed(tmp_path, listed, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_several_runs_are_reported_and_evaluated_together(tmp_path, listed, capsys):
     assert train(SEVERAL, Config(models=2, out=str(tmp_path))) == 0
     listed(SEVERAL)

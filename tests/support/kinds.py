@@ -1,7 +1,6 @@
 """What a test needs, read from its code: the compiler, other processes, Triton's interpreter."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
@@ -17,20 +16,16 @@ PROCESSES = {
 }  # fmt: skip
 PACKAGE = __name__.partition(".")[0]
 COSTLY = {"long", "slow", "compile", "processes", "interpreter"}
-CASES = 2  # of each test, for make quick
 
 
 def quick(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Returns tests without marker of what costs time, and few cases of each, in the given order,
-    so in a random order these are other ones each time."""
-    found: list[pytest.Item] = []
-    count: Counter[str] = Counter()
+    """Returns tests without marker of what costs time, and one case of each, the first one, so in
+    a random order another one each time."""
+    found: dict[str, pytest.Item] = {}
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        if COSTLY.isdisjoint(mark.name for mark in item.iter_markers()) and count[test] < CASES:
-            count[test] += 1
-            found.append(item)
-    return found
+        if COSTLY.isdisjoint(mark.name for mark in item.iter_markers()):
+            found.setdefault(item.nodeid.partition("[")[0], item)
+    return list(found.values())
 
 
 def kinds(item: pytest.Function) -> Iterator[str]:

@@ -108,6 +108,7 @@ def test_nothing_is_deleted_before_latest_is_durable(recorded):
     assert first > published(calls)
 
 
+@pytest.mark.slow
 def test_every_prefix_of_a_save_loads_the_old_or_the_new_state(recorded, memory):
     before, calls = recorded
     acknowledged = published(calls)

@@ -253,6 +253,7 @@ def staged(out: Path, *callbacks: Callback) -> Trainer:
                config={"accumulate": 2, "ema": 0.9, "steps": 60, "save_every": 4})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "first"), [("on_gradients", 0), ("on_evaluate", 1), ("signal", 2)]
 )

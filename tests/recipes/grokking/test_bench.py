@@ -135,6 +135,7 @@ def test_every_optimizer_and_variant_trains(tmp_path, row):
     assert outcome.iterations == 4
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_curve_and_another_one_does_not(tmp_path):
     first, second = (train(small(tmp_path / name, iterations=12)) for name in "ab")
     assert {run: x.curve for run, x in first.items()} == {run: x.curve for run, x in second.items()}
