@@ -24,7 +24,7 @@ def generators(device: torch.device) -> Generators:
     name, keys, place, has_spare, second = np.random.get_state()
     assert (version, name) == (3, "MT19937") and isinstance(keys, np.ndarray)
     states = {
-        "python": torch.tensor(words, dtype=torch.int64),
+        "python": torch.from_numpy(np.array(words, np.int64)),  # torch.tensor is slower
         "python_spare": _number(spare),
         "numpy": torch.from_numpy(keys.astype(np.int64)),
         "numpy_place": torch.tensor([place, has_spare], dtype=torch.int64),
