@@ -7,11 +7,21 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
+import torch
 
-from trm_fast.train import Callback, Checkpoints, Step, Trainer
+from trm_fast.train import (
+    Callback,
+    Checkpoints,
+    Curriculum,
+    EarlyStopping,
+    Stage,
+    Step,
+    Trainer,
+    TrainerConfig,
+)
 from trm_fast.train._signals import graceful_stop
 
-from .runs import STEPS, function_run
+from .runs import STEPS, differences, function_run, result
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -101,6 +111,117 @@ def test_a_signal_while_a_run_is_taken_up_is_caught(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return load(*args)
 
-    monkeypatch.setattr(Checkpoints, "load", interrupted)
-    summary = function_run(tmp_path).fit(resume=True)
-    assert (summary.step, summary.signal) == (5, signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "load", interrupted)
+        summary = function_run(tmp_path).fit(resume=True)
+    assert (summary.step, summary.signal) == (4, signal.SIGTERM)
+    assert Checkpoints(tmp_path).load().step == 4
+
+
+@pytest.mark.parametrize("hook", ["on_start", "on_stage", "on_log", "on_evaluate", "on_save"])
+def test_a_signal_in_a_hook_loses_nothing(hook, tmp_path):
+    class Interrupt(Callback):
+        def once(self, *args: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            del self.__dict__[hook]
+
+    interrupt = Interrupt()
+    interrupt.__dict__[hook] = interrupt.once
+    function_run(tmp_path / "whole").fit()
+    trainer = function_run(tmp_path / "parts", (interrupt,))
+    summary = trainer.fit()
+    # A run without stages enters none.
+    assert summary.signal == (None if hook == "on_stage" else signal.SIGTERM)
+    assert Checkpoints(tmp_path / "parts").load().step == summary.step == trainer.step
+    assert hook != "on_start" or summary.step == 0
+    function_run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+def interrupted_evaluation(out, step, failure, callbacks=(), **config) -> Trainer:
+    """Evaluations after a step end by ``failure``, with what follows it left undone."""
+    trainer = function_run(out, callbacks, **config)
+    evaluate = trainer.evaluator
+
+    def evaluator(model):
+        if trainer.step == step:
+            torch.rand(())
+            model.train()
+            failure()
+            raise AssertionError("the evaluation was not left")
+        return evaluate(model)
+
+    trainer.evaluator = evaluator
+    return trainer
+
+
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# The first evaluation, the second one, and the one after the last step.
+@pytest.mark.parametrize("step", [5, 10, STEPS])
+def test_a_signal_ends_an_evaluation_and_a_resume_makes_it(step, tmp_path):
+    function_run(tmp_path / "whole", ema=0.9).fit()
+    trainer = interrupted_evaluation(tmp_path / "parts", step, terminated, ema=0.9)
+    summary = trainer.fit()
+    assert (summary.step, summary.signal) == (step, signal.SIGTERM)
+    assert trainer.model.training
+    loaded = Checkpoints(tmp_path / "parts").load()
+    assert (loaded.step, loaded.state["trainer"]["evaluated_at"] < step) == (step, True)
+    events = (tmp_path / "parts" / "events.jsonl").read_text()
+    assert "left by a signal: it is made when the run is resumed" in events
+    resumed = function_run(tmp_path / "parts", ema=0.9)
+    resumed.fit(resume=True)
+    assert [r["step"] for r in resumed.history if r["kind"] == "evaluation"] == [5, 10, STEPS]
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+def test_a_signal_in_a_step_leaves_its_evaluation_out(tmp_path):
+    function_run(tmp_path / "whole").fit()
+    evaluated = []
+    trainer = function_run(tmp_path / "parts", (Send(5, signal.SIGTERM),))
+    trainer.evaluator = evaluated.append
+    assert trainer.fit().step == 5 and not evaluated
+    function_run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+def failed() -> None:
+    raise KeyError("accuracy")
+
+
+@pytest.mark.parametrize("step", [5, STEPS])
+def test_an_evaluation_that_fails_leaves_a_checkpoint_of_its_step(step, tmp_path):
+    function_run(tmp_path / "whole").fit()
+    with pytest.raises(KeyError, match="accuracy"):
+        interrupted_evaluation(tmp_path / "parts", step, failed).fit()
+    assert Checkpoints(tmp_path / "parts").load().step == step
+    function_run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+def test_a_callback_that_fails_at_an_evaluation_leaves_a_checkpoint_of_its_step(tmp_path):
+    with pytest.raises(ValueError, match="EarlyStopping: monitor must be a metric"):
+        function_run(tmp_path, (EarlyStopping("nothing"),)).fit()
+    assert Checkpoints(tmp_path).load().step == 5
+
+
+def test_the_record_before_the_end_of_a_stage_is_written_after_a_resume(tmp_path):
+    def run(out) -> Trainer:
+        stages = [Stage("one", [torch.ones(2, 6)], steps=7), Stage("two", [torch.zeros(2, 6)])]
+        return Trainer(
+            model := torch.nn.Linear(6, 1), torch.optim.SGD(model.parameters(), lr=0.1),
+            Curriculum(stages), lambda model, batch: model(batch).square().mean(),
+            TrainerConfig(steps=STEPS, log_every=5),
+            evaluate=lambda model: {"weight": float(model.weight.sum())}, out=out, device="cpu",
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    run(tmp_path / "whole").fit()
+    torch.manual_seed(0)
+    trainer = run(tmp_path / "parts")
+    trainer.evaluator = lambda model: terminated()
+    assert trainer.fit().step == 7
+    run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []

@@ -10,6 +10,10 @@ from typing import Any
 _CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Interrupted(BaseException):
+    """The signal has come during work that is left for later."""
+
+
 class StopRequest:
     """Remembers the first signal.
 
@@ -19,6 +23,32 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._leaves = False
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Lets the signal end what runs within, wherever it is, or at once if it has come.
+
+        Raises:
+            Interrupted: it has come.
+        """
+        try:
+            self._leaves = True
+            if self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._leaves = False
+
+    def caught(self, number: int) -> None:
+        """Notes the signal.
+
+        Raises:
+            Interrupted: what runs is to be left.
+        """
+        self.signal = number
+        if self._leaves:
+            raise Interrupted
 
 
 @contextmanager
@@ -45,10 +75,10 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def catch(number: int, frame: FrameType | None) -> None:
-        request.signal = number
         restore()
         name = signal.Signals(number).name
         say(f"{name}: stopping after this step and saving; once more stops at once")
+        request.caught(number)
 
     for number in before:
         signal.signal(number, catch)

@@ -55,7 +55,7 @@ class StageRunner:
 
     def begin(self) -> None:
         """Begins the first stage, or goes on after a resume. A checkpoint may be of the moment
-        before the end of a stage, and the stage may be another one now."""
+        before an evaluation or the end of a stage, and the stage may be another one now."""
         self.wants_save = False
         self.curriculum.sources.leave()
         if not self.curriculum.entered:
@@ -63,9 +63,12 @@ class StageRunner:
         self.curriculum.reopen()
         self._close_epochs()
         if self.curriculum.step > 0:
-            reason = self.curriculum.reason_to_end(self._last_evaluation())
-            if reason is not None:
-                self._end_stage(reason)
+            if self._evaluates() and self._last_evaluation() is None:
+                self._between_steps(True, False)
+            else:
+                reason = self.curriculum.reason_to_end(self._last_evaluation())
+                if reason is not None:
+                    self._end_stage(reason)
         self._save_if_asked()
 
     def after_step(self, waits: bool) -> None:
@@ -75,19 +78,14 @@ class StageRunner:
         Args:
             waits: whether looking for skipped steps would make the host wait for a GPU.
         """
-        config, stage, step = self.run.config, self.curriculum.stage, self.curriculum.step
+        config = self.run.config
         epoch_ends = self._close_epochs()
-        is_last = stage.steps is not None and step >= stage.steps
-        logs = is_last or self._is_due(config.log_every)
+        logs = self._is_last() or self._is_due(config.log_every)
         if logs or not waits:
             self.actions.check()
         if logs:
             self.actions.log()
-        every = stage.evaluate_every
-        if every is None:
-            evaluates = is_last or self._is_due(config.evaluate_every)
-        else:
-            evaluates = is_last or (every > 0 and step % every == 0)
+        evaluates = self._evaluates()
         saves = self._is_due(config.save_every)
         if evaluates or saves or epoch_ends or self.curriculum.is_left or self.wants_save:
             self._between_steps(evaluates, saves)
@@ -166,6 +164,17 @@ class StageRunner:
         return (
             {"curriculum/stage": found.index, "curriculum/step": found.step} if self.staged else {}
         )
+
+    def _is_last(self) -> bool:
+        steps = self.curriculum.stage.steps
+        return steps is not None and self.curriculum.step >= steps
+
+    def _evaluates(self) -> bool:
+        """Returns whether an evaluation belongs to this step."""
+        every, step = self.curriculum.stage.evaluate_every, self.curriculum.step
+        if every is None:
+            return self._is_last() or self._is_due(self.run.config.evaluate_every)
+        return self._is_last() or (every > 0 and step % every == 0)
 
     def _is_due(self, every: int) -> bool:
         step = self.run.step

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -20,7 +20,7 @@ from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics, check_names, numbers_of
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
-from trm_fast.train._signals import StopRequest, graceful_stop
+from trm_fast.train._signals import Interrupted, StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
 from trm_fast.train._summary import summary_values
 from trm_fast.train._update import Update
@@ -146,6 +146,8 @@ class Trainer:
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
         self._saved: tuple[tuple[int, ...], Path] | None = None
+        self._request = StopRequest()
+        self._signal: int | None = None
         self._interval = Interval()
         self._in_step = False
         actions = Actions(
@@ -215,8 +217,9 @@ class Trainer:
     def fit(self, resume: bool = False, overwrite: bool = False) -> Summary:
         """Trains until ``config.steps``, a callback's stop, the end of the batches, or a signal.
 
-        SIGINT, SIGTERM and SIGHUP let the step that is under way finish and be saved. The random
-        generators of the process are given back as they were.
+        SIGINT, SIGTERM and SIGHUP let the step that is under way finish and be saved. One process
+        leaves an evaluation at once, several processes save before each one; a resume makes up for
+        it. The random generators of the process are given back as they were.
 
         Args:
             resume: go on from the last valid checkpoint in ``out``, if there is one.
@@ -234,10 +237,11 @@ class Trainer:
         if resume and self.out is None:
             raise ValueError("Trainer: resume needs out, the directory of the run; got None")
         with ExitStack() as stack:
+            self._request = stack.enter_context(graceful_stop(self._say))
+            stack.callback(self._forget_signal)
             stack.enter_context(self.files.opened(resume, overwrite))
             stack.enter_context(fork_rng(self.world.device))
             seed_everything(self.config.seed + self.world.rank)
-            request = stack.enter_context(graceful_stop(self._say))
             self.stop_reason = None
             if resume:
                 self._load()
@@ -250,7 +254,7 @@ class Trainer:
             for callback in self.callbacks:
                 stack.callback(callback.close)
                 callback.on_start(self)
-            summary = self._train(request)
+            summary = self._train()
             self.files.write_json("summary.json", summary_values(summary, self.world.device))
             for callback in self.callbacks:
                 callback.on_end(self, summary)
@@ -282,14 +286,21 @@ class Trainer:
         self.event("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")
         self._saved = self._place_of_save(), loaded.path
 
-    def _train(self, request: StopRequest) -> Summary:
-        """Runs the loop; says how it ended."""
-        signal = None
-        for _ in self.updates():
-            signal = self.world.latest_signal(request.signal)
-            if signal is not None:
-                break
-        return self._finish(signal)
+    def _forget_signal(self) -> None:
+        self._request, self._signal = StopRequest(), None
+
+    def _train(self) -> Summary:
+        """Runs the loop and the last evaluation; says how it ended."""
+        try:
+            for _ in self.updates():
+                pass
+            self._guarded()
+            if self._signal is None:
+                self._in_hooks(self._evaluate_at_end)
+        except Interrupted:
+            self._signal = self._request.signal
+            self.event("evaluation", "left by a signal: it is made when the run is resumed")
+        return self._finish()
 
     def updates(self) -> Iterator[int]:
         """Takes one update per item, with the metrics, evaluations and checkpoints that are due,
@@ -305,7 +316,7 @@ class Trainer:
         self._update.clear()
         try:
             self._in_hooks(self._stages.begin)
-            while self.step < self.config.steps and self.stop_reason is None:
+            while not self._is_interrupted() and self._goes_on():
                 batches, names = self._next_batches()
                 if not batches:
                     self._in_hooks(self._stages.after_batches)
@@ -320,6 +331,13 @@ class Trainer:
         finally:
             # Processes of a loader end now; as garbage they would take seconds.
             self._curriculum.sources.leave()
+
+    def _is_interrupted(self) -> bool:
+        self._signal = self.world.latest_signal(self._request.signal)
+        return self._signal is not None
+
+    def _goes_on(self) -> bool:
+        return self.step < self.config.steps and self.stop_reason is None
 
     def _in_hooks(self, function: Callable[[], None]) -> None:
         """Calls what calls hooks; a checkpoint that they ask for waits for the end of it."""
@@ -401,7 +419,7 @@ class Trainer:
     def _log(self) -> None:
         """Writes the means of the interval, and what callbacks add to them; nothing for an interval
         without a step."""
-        if self._interval.step == self.step:
+        if "loss" not in self.meter.totals:
             return
         means, sums = self.meter.means(self.world), self.meter.state_dict()
         self.meter.clear()
@@ -443,29 +461,44 @@ class Trainer:
         """
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
-        found = self.evaluate()
-        try:
-            check_names(found, "the evaluation")
-        except ValueError:
-            # It shows only now; the steps until here are worth keeping.
-            self._save()
-            raise
+        found = self._evaluation()
         self.metrics, self.evaluated_at = found, self.step
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
         record |= self.metrics | self._stages.place()
         self._record(record)
-        try:
+        with self._saved_on_error():
             is_best = self._is_best(record)
-        except ValueError:
-            # A wrong name shows only now; the steps until here are worth keeping.
-            self._save()
-            raise
-        if is_best:
-            self.best = {"step": self.step, **self.metrics}
-        for callback in self.callbacks:
-            callback.on_evaluate(self, record)
+            if is_best:
+                self.best = {"step": self.step, **self.metrics}
+            for callback in self.callbacks:
+                callback.on_evaluate(self, record)
         return record, is_best
+
+    def _evaluation(self) -> dict[str, float]:
+        """Returns the metrics of an evaluation, from which no signal and no error loses a step."""
+        if self.world.size > 1:
+            # No process can leave the others alone, which may wait for it.
+            self._save()
+        with self._saved_on_error():
+            with self._request.leaving() if self.world.size == 1 else nullcontext():
+                found = self.evaluate()
+            check_names(found, "the evaluation")
+        return found
+
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Saves before an error ends the run: the steps until then are worth keeping."""
+        try:
+            yield
+        except Exception:
+            # Of several processes only one may have met it, and all must take part in saving.
+            if self.world.size == 1:
+                try:
+                    self._save()
+                except (OSError, TypeError, ValueError) as reason:
+                    self._say(f"Trainer: step {self.step} is not saved: {reason}")
+            raise
 
     def _is_best(self, record: Record) -> bool:
         monitor = self.config.monitor
@@ -543,17 +576,15 @@ class Trainer:
         score = self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
         return score if math.isfinite(score) else None
 
-    def _finish(self, signal: int | None) -> Summary:
-        self._guarded()
-        if signal is None:
+    def _finish(self) -> Summary:
+        if self._signal is None:
             reason = self.stop_reason or f"all {self.config.steps} steps are done"
-            self._in_hooks(self._evaluate_at_end)
         else:
-            reason = f"interrupted by {Signals(signal).name}"
+            reason = f"interrupted by {Signals(self._signal).name}"
             self.event("interrupted", reason)
         path = self._save()
         return Summary(
-            self.step, reason, signal, self.elapsed(), self.guard.skipped,
+            self.step, reason, self._signal, self.elapsed(), self.guard.skipped,
             dict(self.metrics), dict(self.best), path,
         )  # fmt: skip
 
