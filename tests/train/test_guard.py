@@ -183,8 +183,11 @@ def test_batches_are_named_by_the_lines_they_come_from(tmp_path):
 
 
 def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(tmp_path):
-    trainer = function_run(tmp_path)
-    nn.init.constant_(trainer.model[0].weight, float("nan"))
+    class Spoil(Callback):
+        def on_gradients(self, run, step):
+            nn.init.constant_(run.model[0].weight, float("nan"))
+
+    trainer = function_run(tmp_path, (Spoil(),))
     with pytest.raises(NonFiniteError):
         trainer.fit()
     assert Checkpoints(tmp_path).list() == []

@@ -62,15 +62,25 @@ class RunFiles:
             self.world.barrier()
             yield
 
-    def require_space(self, state: Mapping[str, Any]) -> None:
-        """Checks that there is room for checkpoints of a state.
+    def require_savable(self, state: Mapping[str, Any]) -> None:
+        """Checks that a state can be saved, and that there is room for checkpoints of it; all
+        processes must call it.
 
         Raises:
-            OSError: there is not.
+            TypeError, ValueError: it holds something that cannot be saved.
+            OSError: there is no room.
         """
-        if self._directory is not None:
-            # Two are kept while the next one is written.
-            self._directory.require_space(3 * size_of(state))
+        refused: Exception | None = None
+        try:
+            if self._directory is not None:
+                # Two are kept while the next one is written.
+                self._directory.require_space(3 * size_of(state))
+        except (TypeError, ValueError, OSError) as error:
+            refused = error
+        # The others would wait for the first process, which alone writes.
+        for error in self.world.gather(refused):
+            if error is not None:
+                raise error
 
     def load(self) -> Loaded | None:
         """Returns the last checkpoint that is whole, or None if there was never one.

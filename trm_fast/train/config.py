@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trm_fast.train.checkpoints.state import plain
+
 Mode = Literal["max", "min"]
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -56,6 +58,8 @@ class TrainerConfig:
     strategy: Strategy = "ddp"
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))  # JSON has no numbers of NumPy
         least = {"steps": 0, "evaluate_every": 0, "save_every": 0, "keep_last": 2, "seed": 0}
         for name in ("accumulate", "log_every", "max_nonfinite"):
             least[name] = 1

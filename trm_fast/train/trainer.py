@@ -229,8 +229,10 @@ class Trainer:
             The ``Summary``.
 
         Raises:
-            ValueError: ``resume`` without ``out``, or no checkpoint of it can be loaded or fits.
+            ValueError: ``resume`` without ``out``, or no checkpoint of it can be loaded or fits; or
+                a weight or state of an optimizer is not finite.
             FileExistsError: there is a run in ``out``, and neither ``resume`` nor ``overwrite``.
+            TypeError: a state is none that a checkpoint can hold; the line names its place.
             OSError: ``out`` cannot be written, or another process trains there.
             NonFiniteError: too many updates in a row were skipped.
         """
@@ -245,8 +247,7 @@ class Trainer:
             self.stop_reason = None
             if resume:
                 self._load()
-            if self.world.size == 1:
-                self.files.require_space(snapshot(self))
+            self._require_savable()
             self.files.write_json("config.json", self.settings or asdict(self.config))
             self.files.write_json("run.json", describe(self))
             self.files.write_json("summary.json", {})  # until the run ends
@@ -254,6 +255,7 @@ class Trainer:
             for callback in self.callbacks:
                 stack.callback(callback.close)
                 callback.on_start(self)
+            self._require_savable()  # what the hooks have added to it
             summary = self._train()
             self.files.write_json("summary.json", summary_values(summary, self.world.device))
             for callback in self.callbacks:
@@ -285,6 +287,11 @@ class Trainer:
             self.event("checkpoint", reason)
         self.event("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")
         self._saved = self._place_of_save(), loaded.path
+
+    def _require_savable(self) -> None:
+        """Refuses, before the first step, what the first checkpoint could not hold."""
+        if self.out is not None:
+            self.files.require_savable(snapshot(self))
 
     def _forget_signal(self) -> None:
         self._request, self._signal = StopRequest(), None

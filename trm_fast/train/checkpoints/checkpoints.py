@@ -56,9 +56,16 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 def size_of(state: Mapping[str, Any]) -> int:
-    """Returns the bytes of the tensors of a state: about the size of a checkpoint of it."""
-    parts = [flatten(part, name)[0] for name, part in state.items()]
-    return sum(t.numel() * t.element_size() for tensors in parts for t in tensors.values())
+    """Returns the bytes of the tensors of a state, about the size of a checkpoint of it, after all
+    that ``Checkpoints.save`` asks of it has been checked.
+
+    Raises:
+        TypeError, ValueError: it cannot be saved, as ``Checkpoints.save`` says.
+    """
+    tensors, trees = _parts_of(state)
+    _described(trees)
+    parts = tensors.values()
+    return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
 class Checkpoints:
@@ -118,11 +125,10 @@ class Checkpoints:
         _require(type(step) is int and 0 <= step < 10**18, "step must be an int >= 0", step)
         _require(score is None or math.isfinite(score), "score must be finite or None", score)
         tensors, trees = _parts_of(state)
-        _require_finite(tensors)
         extra, described_summary = flatten(dict(summary or {}), "summary")
         _require(not extra, "summary must hold plain values only", ", ".join(extra))
         serial = 1 + max((info.serial for info in self.list()), default=0)
-        described = dumps(
+        described = _described(
             {
                 "format": FORMAT,
                 "step": step,
@@ -131,11 +137,6 @@ class Checkpoints:
                 "summary": described_summary,
                 "parts": trees,
             }
-        )
-        _require(
-            len(described) <= MAX_JSON,
-            f"values that are no tensors must take at most {MAX_JSON} bytes",
-            len(described),
         )
         with files.explained("checkpoint", self.directory):
             path = self._publish(self._write(tensors, described), step)
@@ -329,7 +330,19 @@ def _parts_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], d
         plain = type(name) is str and _PART.fullmatch(name)
         _require(bool(plain), "a part must have a plain name (letters, digits, _ and -)", name)
         tensors[name], trees[name] = flatten(part, name)
+    _require_finite(tensors)
     return tensors, trees
+
+
+def _described(tree: Mapping[str, Any]) -> bytes:
+    """Returns what is no tensor as JSON."""
+    found = dumps(tree)
+    _require(
+        len(found) <= MAX_JSON,
+        f"values that are no tensors must take at most {MAX_JSON} bytes",
+        len(found),
+    )
+    return found
 
 
 def _require(holds: bool, what: str, value: object) -> None:

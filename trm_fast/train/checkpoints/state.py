@@ -2,7 +2,9 @@
 
 A state is a tensor, a plain value (None, bool, int, float, str) or a dict, list or tuple of states;
 the keys of a dict are str or int. What comes back is equal to the bit: tuples stay tuples, 1, 1.0
-and True stay apart, and so do -0.0, infinities, every NaN and integers of any size.
+and True stay apart, and so do -0.0, infinities, every NaN and integers of any size. A scalar or 0-d
+array of NumPy comes back as the plain value that it is, and so does a member of an enumeration of
+numbers or strings.
 
 In the tree, what JSON has stands as itself, and everything else as an object of one key:
 
@@ -28,6 +30,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -65,6 +68,22 @@ def flatten(value: Any, path: str) -> tuple[dict[str, Tensor], Any]:
     return part.tensors, tree
 
 
+def plain(value: Any) -> Any:
+    """Returns the plain value that a scalar of NumPy or a subclass of a plain type holds, and
+    anything else as it is."""
+    kind = type(value)
+    if kind in (str, int, float, bool) or value is None or isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.generic) or (kind is np.ndarray and value.ndim == 0):
+        return value.item()
+    # Of the type itself: an enumeration may print its members otherwise.
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    return str.__str__(value) if isinstance(value, str) else value
+
+
 class _Part:
     def __init__(self, path: str) -> None:
         self.path = path
@@ -72,7 +91,7 @@ class _Part:
         self.known: dict[tuple[Any, ...], str] = {}
 
     def encode(self, value: Any, keys: tuple[str | int, ...]) -> Any:
-        # Exact types only: a subclass, as every numpy scalar, would come back as something else.
+        value = plain(value)
         kind = type(value)
         if value is None or kind in (bool, str):
             return value
@@ -98,6 +117,7 @@ class _Part:
         )
 
     def encode_dict(self, value: dict[Any, Any], keys: tuple[str | int, ...]) -> Any:
+        value = {plain(key): item for key, item in value.items()}
         for key in value:
             if type(key) not in (str, int):
                 raise TypeError(
