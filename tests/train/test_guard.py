@@ -187,7 +187,7 @@ def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(tmp_path):
         def on_gradients(self, run, step):
             nn.init.constant_(run.model[0].weight, float("nan"))
 
-    trainer = function_run(tmp_path, (Spoil(),))
+    trainer = function_run(tmp_path, (Spoil(),), save_every=0)
     with pytest.raises(NonFiniteError):
         trainer.fit()
     assert Checkpoints(tmp_path).list() == []

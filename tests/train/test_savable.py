@@ -21,9 +21,9 @@ def run(out: Any, *callbacks: Callback, objective: Any = loss, **config: Any) ->
     def shape(step: int) -> float:
         return (step + 1) / 5 if step < 3 else 0.5 * (1 + np.cos(np.pi * step / 20))
 
+    every = {"save_every": 1, "evaluate_every": 2, "log_every": 2}
     return Trainer(
-        model, optimizer, split(6), objective,
-        TrainerConfig(**{"steps": 9, "save_every": 1, "evaluate_every": 2, "log_every": 2, **config}),
+        model, optimizer, split(6), objective, TrainerConfig(**{"steps": 9, **every, **config}),
         schedules=[torch.optim.lr_scheduler.LambdaLR(optimizer, shape)], callbacks=callbacks,
         evaluate=lambda model: {"value": np.float32(0.5), "count": np.int64(3)}, out=out,
         device="cpu",

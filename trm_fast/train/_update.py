@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import is_not
 from types import GeneratorType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Update:
         precision: "bf16" or "fp16" for autocast, or "fp32".
 
     Attributes:
+        params: those of the optimizers, as they are since the last update.
         pending: whether there are gradients that have not moved the weights.
     """
 
@@ -52,9 +54,7 @@ class Update:
         self.ema = ema
         self.dtype = _DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        every = (param for group in groups for param in group["params"])
-        self.params: list[Tensor] = list({id(param): param for param in every}.values())
+        self.params = self._of_optimizers()
         self.scales = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.sharded = isinstance(model, FSDPModule)
         self.on_device = self.scales and world.device.type == "cuda"
@@ -81,6 +81,7 @@ class Update:
                 "Trainer: extra_update must not come between the gradients of a step and its "
                 "update; got a call in on_gradients. Call it in on_step"
             )
+        self._take_in()
         total = torch.zeros((), device=self.world.device)
         losses: list[Tensor] = []
         samples: list[Mapping[str, Tensor]] = []
@@ -114,6 +115,22 @@ class Update:
         return Step(
             index, batches, total, losses, samples, metrics, norm, finite, clip_norm, overflow
         )
+
+    def _of_optimizers(self) -> list[Tensor]:
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        every = (param for group in groups for param in group["params"])
+        return list({id(param): param for param in every}.values())
+
+    def _take_in(self) -> None:
+        """Takes in the parameters that optimizers have been given since; nothing has watched or
+        dropped the gradients that they have."""
+        found = self._of_optimizers()
+        if len(found) != len(self.params) or any(map(is_not, found, self.params)):
+            known = {id(param) for param in self.params}
+            for param in found:
+                if id(param) not in known:
+                    param.grad = None
+            self.params = found
 
     def _results(self, objective: Objective, batch: Any, is_last: bool) -> Iterator[StepResult]:
         """Returns the results of a batch. Sharded gradients are exchanged from the last loss of the
@@ -166,8 +183,10 @@ class Update:
         return norm, finite, ~finite & mendable
 
     def move(self, step: Step) -> None:
-        """Clips and applies the gradients of a step, if it is finite."""
+        """Clips and applies the gradients of a step, if it is finite. Parameters that have come
+        since move from the next one on."""
         self.pending = False
+        self._take_in()
         if step.clip_norm is not None:
             self._clip(step.norm, step.clip_norm)
         if self.on_device:
@@ -219,13 +238,14 @@ class Update:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Puts the gradients away for another update in between, and back after it."""
-        kept = [param.grad for param in self.params]
+        self._take_in()
+        kept = [(param, param.grad) for param in self.params]
         for param in self.params:
             param.grad = None
         try:
             yield
         finally:
-            for param, grad in zip(self.params, kept, strict=True):
+            for param, grad in kept:
                 param.grad = grad
 
 
