@@ -45,7 +45,7 @@ class WeightEMA:
         self.decay = _check_decay(decay)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"WeightEMA: dtype must be a floating point type; got {dtype}")
-        self._params = _named(model)
+        self._named = self._kept = _named(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self._own = {
             name: param.detach().to(_average_dtype(param, dtype), copy=True)
@@ -56,28 +56,35 @@ class WeightEMA:
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> "WeightEMA":
         """Returns the averages that ``optimizer`` keeps with ``weight_ema``, by name: the same
-        tensors, which its step moves on. Parameters that it does not average stand for themselves.
+        tensors, which its step moves on. Parameters that it does not average stand for themselves;
+        those of groups that it is given later are averaged from then on.
 
         Raises:
             ValueError: the optimizer keeps no average of a parameter of the model.
         """
-        params = _named(model)
-        kept = {
-            name: optimizer.state[param]["weight_ema"]
-            for name, param in params.items()
-            if "weight_ema" in optimizer.state.get(param, {})
-        }
-        if not kept:
+        new = cls.__new__(cls)
+        new._named, new._kept, new._own = _named(model), {}, {}
+        new._optimizer, new._swapped = optimizer, False
+        if not new._params:
             raise ValueError(
                 f"WeightEMA.of: {type(optimizer).__name__} must keep averages of the model's "
                 "weights; got one without: give it weight_ema=0.999"
             )
         groups = [group for group in optimizer.param_groups if group.get("weight_ema") is not None]
-        new = cls.__new__(cls)
-        new.decay, new._swapped, new._own = groups[0]["weight_ema"], False, {}
-        new._params = {name: params[name] for name in kept}
-        new._optimizer = optimizer
+        new.decay = groups[0]["weight_ema"]
         return new
+
+    @property
+    def _params(self) -> dict[str, Tensor]:
+        """The parameters that are averaged. One stays among them if a loaded state lacks it."""
+        if self._optimizer is not None:
+            state = self._optimizer.state
+            self._kept |= {
+                name: param
+                for name, param in self._named.items()
+                if "weight_ema" in state.get(param, {})
+            }
+        return self._kept
 
     @property
     def is_of_optimizer(self) -> bool:

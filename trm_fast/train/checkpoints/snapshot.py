@@ -56,6 +56,8 @@ def snapshot(run: Resumable) -> dict[str, Any]:
             "seconds": run.elapsed(),
             "world_size": world.size,
             "optimizers": [type(optimizer).__name__ for optimizer in run.optimizers],
+            "groups": _names_in_groups(run),
+            "frozen": [n for n, p in run.model.named_parameters() if not p.requires_grad],
             "schedules": [schedule.state_dict() for schedule in run.schedules],
             "curriculum": run.curriculum.state_dict(),
             "scaler": None if run.scaler is None else run.scaler.state_dict(),
@@ -86,6 +88,7 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     saved = state["trainer"]
     same_world = saved["world_size"] == run.world.size
     own = state["process"][str(run.world.rank if same_world else 0)]
+    _add_groups(run, state)
     check_weights(run, state)
     _restore_callbacks(run.callbacks, own["callbacks"])
     run.curriculum.load_state_dict(saved["curriculum"])
@@ -117,6 +120,39 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     run.meter.load_state_dict(own["meter"])
     set_generators(own["generators"], run.world.device)
     return None
+
+
+def _names_in_groups(run: Run) -> list[list[list[str | None]]]:
+    """Returns the names of the parameters in each group of each optimizer, None where the model
+    has none."""
+    names = {id(param): name for name, param in run.model.named_parameters()}
+    return [
+        [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
+        for optimizer in run.optimizers
+    ]
+
+
+def _add_groups(run: Run, state: dict[str, Any]) -> None:
+    """Gives optimizers the groups that they were given during the run, and parameters the flag of
+    whether they are trained."""
+    params, saved = dict(run.model.named_parameters()), state["trainer"]
+    if "frozen" not in saved or any(name not in params for name in saved["frozen"]):
+        return  # of an earlier version, or of another model, which is refused
+    for name, param in params.items():
+        param.requires_grad_(name not in saved["frozen"])
+    for index, optimizer in enumerate(run.optimizers[: len(saved["groups"])]):
+        added = slice(len(optimizer.param_groups), None)
+        groups = state["optim"][str(index)]["param_groups"][added]
+        for names, options in zip(saved["groups"][index][added], groups, strict=True):
+            if all(name in params for name in names):
+                optimizer.add_param_group(_named_group(options, [params[n] for n in names]))
+
+
+def _named_group(options: dict[str, Any], params: list[nn.Parameter]) -> dict[str, Any]:
+    """Returns a group with the options of a saved one, whose parameters may have names."""
+    group = {name: value for name, value in options.items() if name != "param_names"}
+    names = options.get("param_names")
+    return {**group, "params": params if names is None else list(zip(names, params, strict=True))}
 
 
 def _own_buffers(run: Resumable) -> dict[str, Tensor]:
