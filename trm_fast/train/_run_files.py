@@ -78,9 +78,9 @@ class RunFiles:
         except (TypeError, ValueError, OSError) as error:
             refused = error
         # The others would wait for the first process, which alone writes.
-        for error in self.world.gather(refused):
-            if error is not None:
-                raise error
+        for reason in self.world.gather(refused):
+            if reason is not None:
+                raise reason
 
     def load(self) -> Loaded | None:
         """Returns the last checkpoint that is whole, or None if there was never one.

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_not
+from itertools import chain
+from operator import is_
 from types import GeneratorType
 from typing import Any
 
@@ -54,7 +55,9 @@ class Update:
         self.ema = ema
         self.dtype = _DTYPES.get(precision)
         self.scaler = torch.amp.GradScaler(world.device.type) if precision == "fp16" else None
-        self.params = self._of_optimizers()
+        self._listed: list[Tensor] = []
+        self.params: list[Tensor] = []
+        self._take_in(drops=False)
         self.scales = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.sharded = isinstance(model, FSDPModule)
         self.on_device = self.scales and world.device.type == "cuda"
@@ -116,21 +119,22 @@ class Update:
             index, batches, total, losses, samples, metrics, norm, finite, clip_norm, overflow
         )
 
-    def _of_optimizers(self) -> list[Tensor]:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        every = (param for group in groups for param in group["params"])
-        return list({id(param): param for param in every}.values())
+    def _take_in(self, drops: bool = True) -> None:
+        """Takes in the parameters that optimizers have been given since.
 
-    def _take_in(self) -> None:
-        """Takes in the parameters that optimizers have been given since; nothing has watched or
-        dropped the gradients that they have."""
-        found = self._of_optimizers()
-        if len(found) != len(self.params) or any(map(is_not, found, self.params)):
-            known = {id(param) for param in self.params}
-            for param in found:
-                if id(param) not in known:
-                    param.grad = None
-            self.params = found
+        Args:
+            drops: drop the gradients that these have, which belong to updates before.
+        """
+        groups = [group["params"] for opt in self.optimizers for group in opt.param_groups]
+        listed = list(chain.from_iterable(groups))
+        if len(listed) == len(self._listed) and all(map(is_, listed, self._listed)):
+            return
+        known = {id(param) for param in self.params}
+        self._listed = listed
+        self.params = list({id(param): param for param in listed}.values())
+        for param in self.params if drops else ():
+            if id(param) not in known:
+                param.grad = None
 
     def _results(self, objective: Objective, batch: Any, is_last: bool) -> Iterator[StepResult]:
         """Returns the results of a batch. Sharded gradients are exchanged from the last loss of the
