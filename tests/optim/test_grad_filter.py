@@ -524,3 +524,10 @@ def test_filter_alone_is_saved_and_loaded() -> None:
     other = GradFilter(make_params(torch.bfloat16), **FILTERS["ma"])
     other.load_state_dict(deepcopy(alone.state_dict()))
     assert_same(other.state_dict(), alone.state_dict())
+
+
+def test_optimizer_that_needs_a_closure_is_refused_by_name() -> None:
+    inside = torch.optim.LBFGS([torch.nn.Parameter(torch.ones(2))])
+    wanted = r"GradFilter: the optimizer inside must step without a closure.*got LBFGS.*apply_\(\)"
+    with pytest.raises(ValueError, match=wanted):
+        GradFilter(inside)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
-from trm_fast.optim._closure import evaluate
+from trm_fast.optim._closure import check_closure, evaluate
 from trm_fast.optim._plan import FilterPlan, Options, StepSpec
 from trm_fast.optim._states import Group, Keys, State
 from trm_fast.optim.options import FILTER_OPTIONS, FilterOptions, Unpack, with_options
@@ -40,7 +40,7 @@ class GradFilter(AdaptiveOptimizer):
 
     Raises:
         ValueError: an option is out of range or not finite, a filter unknown, or the optimizer
-            inside has a filter of its own or is differentiable.
+            inside has a filter of its own, is differentiable or cannot step without a closure.
         TypeError: an option is unknown, or no number.
         BackendError: ``backend`` is unknown, or, at a step, cannot run the call.
 
@@ -63,6 +63,9 @@ class GradFilter(AdaptiveOptimizer):
         **options: Unpack[FilterOptions],
     ) -> None:
         self.optimizer = target if isinstance(target, Optimizer) else None
+        if self.optimizer is not None:
+            remedy = "Filter in its closure: GradFilter(params).apply_() after backward()"
+            check_closure("GradFilter: the optimizer inside", self.optimizer, remedy)
         inside = {} if self.optimizer is None else self.optimizer.defaults
         shared = [name for name in _OPTIONS if name in inside and name != "alpha"]
         if shared:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from trm_fast.train._schedules import check_schedules
 from trm_fast.train.callbacks import Callback
 from trm_fast.train.curriculum import ENDED, Curriculum
 from trm_fast.train.run import Record, Run
@@ -143,12 +144,13 @@ class StageRunner:
         # Another stage has other data: its values are not to be compared.
         self.run.best = {}
         self.curriculum.enter(self.run)
+        stage = self.curriculum.stage
+        check_schedules(self.run.schedules, self.run.config, [stage], self.run.evaluator)
         if not self.staged:
             return
-        name = self.curriculum.stage.name
-        self.run.event("stage", f"{before}stage {name!r} begins")
+        self.run.event("stage", f"{before}stage {stage.name!r} begins")
         for callback in self.run.callbacks:
-            callback.on_stage(self.run, name)
+            callback.on_stage(self.run, stage.name)
 
     def _last_evaluation(self) -> Record | None:
         """Returns the record of an evaluation after the last step, if there was one."""

@@ -16,10 +16,12 @@ from torch.optim import Optimizer
 
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
+from trm_fast.optim._closure import check_closure
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics, check_names, numbers_of
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
+from trm_fast.train._schedules import check_schedules, takes_metric
 from trm_fast.train._signals import Interrupted, StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
 from trm_fast.train._summary import summary_values
@@ -57,7 +59,9 @@ class Trainer:
             ``StepResult``.
         config: the other settings.
         schedules: a function of the optimizers that makes schedules, such as
-            ``torch.optim.lr_scheduler``'s, or the schedules; each is stepped once per update.
+            ``torch.optim.lr_scheduler``'s, or the schedules; each is stepped once per update, and
+            one that takes a metric, as ``ReduceLROnPlateau``, with ``config.monitor`` of each
+            evaluation.
         evaluate: returns metrics of the model, which has its averaged weights then, is in
             evaluation mode and needs no gradients. With a "count" among them, processes are
             weighted by it.
@@ -74,7 +78,8 @@ class Trainer:
             not shares in [0, 1]; "examples", the largest number of examples in an update.
 
     Raises:
-        ValueError: a setting is out of range or does not fit the others.
+        ValueError: a setting is out of range or does not fit the others; an optimizer cannot step
+            without a closure, as LBFGS, or a schedule would not get the metric that it takes.
 
     Example:
         >>> def loss(model, batch):
@@ -114,6 +119,8 @@ class Trainer:
             )
         made: Any = optimizers(self.model) if callable(optimizers) else optimizers
         self.optimizers: list[Optimizer] = [made] if isinstance(made, Optimizer) else list(made)
+        for optimizer in self.optimizers:
+            check_closure("Trainer: optimizers", optimizer, "One such as AdamW does")
         plans = schedules(self.optimizers) if callable(schedules) else schedules
         self.schedules: list[Any] = list(plans)
         # A run without stages is one stage that sets nothing.
@@ -122,6 +129,7 @@ class Trainer:
             batches if isinstance(batches, Curriculum) else Curriculum([Stage("train", batches)])
         )
         self._curriculum.check(self, evaluate)
+        check_schedules(self.schedules, config, self._curriculum.stages, evaluate)
         self.objective = objective_of(objective)
         self.ema = self._average()
         self._evaluate_without_stage = evaluate
@@ -374,7 +382,8 @@ class Trainer:
             self.meter.add(metrics)
         self.meter.add({"loss": (step.loss, 1.0)})
         for schedule in self.schedules:
-            schedule.step()
+            if not takes_metric(schedule):
+                schedule.step()
         self.step += 1
         self._curriculum.step += 1
         self.guard.note(step.finite, f"step {self.step}{names}", step.overflow)
@@ -475,6 +484,7 @@ class Trainer:
         record |= self.metrics | self._stages.place()
         self._record(record)
         with self._saved_on_error():
+            self._step_schedules(record)
             is_best = self._is_best(record)
             if is_best:
                 self.best = {"step": self.step, **self.metrics}
@@ -506,6 +516,12 @@ class Trainer:
                 except (OSError, TypeError, ValueError) as reason:
                     self._say(f"Trainer: step {self.step} is not saved: {reason}")
             raise
+
+    def _step_schedules(self, record: Record) -> None:
+        """Steps the schedules that take a metric: the monitored one."""
+        for schedule in self.schedules:
+            if takes_metric(schedule):
+                schedule.step(metric(record, self.config.monitor, "Trainer: monitor"))
 
     def _is_best(self, record: Record) -> bool:
         monitor = self.config.monitor

@@ -1,0 +1,100 @@
+"""Schedules of a trainer: those of every update, and those that an evaluation moves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
+
+from trm_fast.train import Checkpoints, Curriculum, Stage, Trainer, TrainerConfig
+
+from .runs import differences, result
+from .test_trainer import loss, network, split
+
+# Of eight evaluations; the rate falls after each second one that is not better.
+VALUES = (3.0, 2.0, 2.5, 2.5, 2.5, 1.0, 1.5, 1.5)
+
+
+def plateau(optimizers: list[Any]) -> list[Any]:
+    return [lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1) for o in optimizers]
+
+
+def run(out: Any = None, schedules: Any = plateau, batches: Any = None, **config: Any) -> Trainer:
+    settings = {"steps": 8, "evaluate_every": 1, "monitor": "value", "mode": "min", **config}
+    trainer = Trainer(
+        network(), lambda model: torch.optim.SGD(model.parameters(), lr=1.0),
+        split(6) if batches is None else batches, loss, TrainerConfig(**settings),
+        schedules=schedules, out=out, device="cpu",
+        evaluate=lambda model: {"value": VALUES[trainer.step - 1]},
+    )  # fmt: skip
+    return trainer
+
+
+def test_a_plateau_is_given_the_monitored_metric_of_each_evaluation():
+    trainer = run()
+    rates = [trainer.optimizers[0].param_groups[0]["lr"] for _ in trainer.updates()]
+    assert rates == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("steps", [3, 4, 7])
+def test_a_plateau_goes_on_after_a_resume(steps, tmp_path):
+    run(tmp_path / "whole", log_every=1).fit()
+    run(tmp_path / "parts", log_every=1, steps=steps).fit()
+    run(tmp_path / "parts", log_every=1).fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+    (saved,) = Checkpoints(tmp_path / "parts").load().state["trainer"]["schedules"]
+    assert (saved["best"], saved["last_epoch"]) == (1.0, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "got"),
+    [
+        ({"monitor": ""}, "monitor '' and evaluations during the run"),
+        ({"evaluate_every": 0}, "monitor 'value' and no evaluations during the run"),
+    ],
+)
+def test_a_plateau_without_its_metric_is_refused(config, got):
+    with pytest.raises(ValueError, match=f"must not have ReduceLROnPlateau.*; got {got}"):
+        run(**config)
+
+
+def test_a_plateau_of_a_stage_is_refused_before_its_first_step():
+    stages = [Stage("one", split(6), schedules=plateau)]
+    trainer = run(schedules=(), batches=Curriculum(stages), monitor="")
+    with pytest.raises(ValueError, match="must not have ReduceLROnPlateau"):
+        trainer.fit()
+    assert trainer.step == 0
+    stages = [Stage("one", split(6), steps=4), Stage("two", schedules=plateau)]
+    trainer = run(schedules=(), batches=Curriculum(stages))
+    trainer.fit()
+    # 2.5 is the first value of the second stage, and 1.0 the best.
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: SWALR(o, swa_lr=0.1, anneal_epochs=3),
+        lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(o, 0.9)]),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_other_schedules_are_stepped_with_each_update(make):
+    trainer = run(schedules=lambda made: [make(o) for o in made], monitor="", evaluate_every=0)
+    trainer.fit()
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
+    alone = make(optimizer)
+    for _ in range(8):
+        alone.step()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < 1.0
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"Trainer: optimizers must step without a closure.*got LBFGS"
+    ):
+        Trainer(network(), lambda m: torch.optim.LBFGS(m.parameters()), split(6), loss)
