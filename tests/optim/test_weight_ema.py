@@ -41,6 +41,13 @@ def moved(model: nn.Module, ema: WeightEMA, steps: int, seed: int = 50) -> None:
             ema.update()
 
 
+def started(model: nn.Module, decay: float = 0.999) -> WeightEMA:
+    """An average that starts at the weights as they are."""
+    ema = WeightEMA(model, decay)
+    ema.update()
+    return ema
+
+
 # The formula
 
 
@@ -48,7 +55,7 @@ def moved(model: nn.Module, ema: WeightEMA, steps: int, seed: int = 50) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_average_follows_its_formula(dtype: torch.dtype, decay: float) -> None:
     model = two_linear().to(dtype)
-    ema = WeightEMA(model, decay)
+    ema = started(model, decay)
     truth = {name: param.detach().double().clone() for name, param in model.named_parameters()}
     for step in range(20):
         moved(model, WeightEMA(model, 1.0), 1, seed=10 * step)
@@ -65,7 +72,7 @@ def test_average_follows_its_formula(dtype: torch.dtype, decay: float) -> None:
 
 def test_average_starts_at_the_weights_and_shares_no_memory() -> None:
     model = two_linear()
-    ema = WeightEMA(model)
+    ema = started(model)
     before = weights(model)
     with torch.no_grad():
         for param in model.parameters():
@@ -73,11 +80,37 @@ def test_average_starts_at_the_weights_and_shares_no_memory() -> None:
     assert_same(ema.average, before)
 
 
+@pytest.mark.parametrize("found_inf", [None, torch.zeros(1), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_average_is_the_weights_until_the_first_update(dtype: Any, found_inf: Any) -> None:
+    model = two_linear().to(dtype)
+    ema = WeightEMA(model, 0.9)
+    moved(model, WeightEMA(model, 1.0), 1)
+    own = weights(model)
+    assert_same(
+        ema.state_dict()["average"], {k: v.to(ema.average[k].dtype) for k, v in own.items()}
+    )
+    with ema.swapped():
+        assert_same(weights(model), own)
+    model.load_state_dict({name: torch.full_like(value, 5.0) for name, value in own.items()})
+    ema.update(found_inf)
+    moved(model, WeightEMA(model, 1.0), 1)
+    assert all(bool((average == 5.0).all()) for average in ema.average.values())
+
+
+def test_loaded_average_does_not_start_anew() -> None:
+    model = two_linear()
+    ema, other = WeightEMA(model, 0.5), WeightEMA(two_linear(seed=9), 0.5)
+    ema.load_state_dict(other.state_dict())
+    moved(model, WeightEMA(model, 1.0), 1)
+    assert_same(ema.average, other.average)
+
+
 def test_small_moves_of_a_bfloat16_model_are_not_lost() -> None:
     """In bfloat16 1.0 + 0.001 * (1.03 - 1.0) is 1.0, and the average would stall."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
-    ema = WeightEMA(model, 0.999)
+    ema = started(model, 0.999)
     nn.init.constant_(model.weight, 1.03125)
     for _ in range(1000):
         ema.update()
@@ -90,7 +123,7 @@ def test_small_moves_of_a_bfloat16_model_are_not_lost() -> None:
 def test_decay_0_and_1_are_exact(decay: float, follows: bool) -> None:
     model = two_linear()
     start = weights(model)
-    ema = WeightEMA(model, decay)
+    ema = started(model, decay)
     moved(model, ema, 2)
     assert_same(ema.average, weights(model) if follows else start)
 
@@ -134,7 +167,7 @@ def test_overflow_leaves_the_average_alone(found_inf: float) -> None:
 
 def test_no_overflow_averages_as_ever() -> None:
     models = [two_linear(), two_linear()]
-    plain, scaled = (WeightEMA(model, 0.5) for model in models)
+    plain, scaled = (started(model, 0.5) for model in models)
     for model in models:
         moved(model, WeightEMA(model, 1.0), 1)
     plain.update()
@@ -219,7 +252,7 @@ def tied() -> nn.Sequential:
 
 def test_tied_weights_are_averaged_once() -> None:
     model = tied()
-    ema = WeightEMA(model, 0.5)
+    ema = started(model, 0.5)
     start = model[0].weight.detach().clone()
     nn.init.zeros_(model[0].weight)
     ema.update()
@@ -283,7 +316,7 @@ def test_average_of_an_optimizer_equals_the_one_beside_it(case: Case, dtype: tor
     """
     model = two_linear().to(dtype)
     optimizer = case(model.parameters(), weight_ema=0.9)
-    inside, beside = WeightEMA.of(optimizer, model), WeightEMA(model, 0.9)
+    inside, beside = WeightEMA.of(optimizer, model), started(model, 0.9)
     assert (inside.decay, inside.average.keys()) == (0.9, beside.average.keys())
     for row in make_grads(list(model.parameters()), 10):
         train(optimizer, [row])

@@ -403,3 +403,19 @@ print(seen)
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "grokfast"])
+def test_the_average_starts_at_the_weights_before_the_first_update(optimizer):
+    """Also at weights that are loaded after the trainer is made."""
+    ema = None if optimizer == "grokfast" else 0.9
+    trainer = Trainer(
+        network(), MAKE[optimizer], split(6), loss, TrainerConfig(steps=1, ema=ema), device="cpu"
+    )
+    state = {name: value + 5.0 for name, value in trainer.model.state_dict().items()}
+    trainer.model.load_state_dict(state)
+    trainer.fit()
+    for name, average in trainer.ema.average.items():
+        expected = 0.9 * state[name] + 0.1 * trainer.model.get_parameter(name).detach()
+        # Three roundings of numbers below 8 in float64; the optimizer knows its decay in float32.
+        assert (average - expected).abs().max() <= 3 * 8 * 2**-53 + 2**-24

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 class WeightEMA:
     """Keeps ``average <- decay * average + (1 - decay) * param`` for the parameters of a model.
 
+    The average starts with the first update, at the weights as they are then; until that it is the
+    weights, also those that are loaded later. To start it at the weights before a first step, as
+    the averages of optimizers and of a ``Trainer`` do, call ``update`` before that step too.
+
     All tensors are averaged in one call (``torch._foreach_lerp_``: on a GPU one launch for many).
     Optimizers of this package can fold the same average into their step with ``weight_ema=decay``,
     which reads the weights while they are in registers; ``WeightEMA.of(optimizer, model)`` then
@@ -22,6 +26,9 @@ class WeightEMA:
         decay: weight of the average per update, in [0, 1]; official TRM: 0.999.
         dtype: of the averages; None means float32 for 16-bit parameters, else their own, because
             ``1 - 0.999`` of a difference is lost in 16 bits.
+
+    Attributes:
+        started: whether there was an update, or a state was loaded.
 
     Raises:
         ValueError: ``decay`` is out of range, or there are no parameters.
@@ -52,6 +59,7 @@ class WeightEMA:
             for name, param in self._params.items()
         }
         self._swapped = False
+        self.started = False
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> "WeightEMA":
@@ -64,7 +72,7 @@ class WeightEMA:
         """
         new = cls.__new__(cls)
         new._named, new._kept, new._own = _named(model), {}, {}
-        new._optimizer, new._swapped = optimizer, False
+        new._optimizer, new._swapped, new.started = optimizer, False, True
         if not new._params:
             raise ValueError(
                 f"WeightEMA.of: {type(optimizer).__name__} must keep averages of the model's "
@@ -96,6 +104,8 @@ class WeightEMA:
     def average(self) -> dict[str, Tensor]:
         """The averages by the names of their parameters."""
         if self._optimizer is None:
+            if not (self.started or self._swapped):
+                self._copy_weights()
             return self._own
         # Looked up each time, because loading a state dict replaces them. One of torch's optimizers
         # has none; the average then starts at the next step, at the weights.
@@ -104,6 +114,11 @@ class WeightEMA:
             name: state[param]["weight_ema"] if "weight_ema" in state[param] else param.detach()
             for name, param in self._params.items()
         }
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        for name, param in self._params.items():
+            self._own[name].copy_(param)
 
     @torch.no_grad()
     def update(self, found_inf: Tensor | None = None) -> None:
@@ -126,6 +141,9 @@ class WeightEMA:
             )
         _check_decay(self.decay)
         averages = list(self.average.values())
+        if not self.started:
+            self.started = True  # at the weights, which are as they were after a skipped step too
+            return
         params = [
             param.detach().to(average.device, average.dtype)
             for param, average in zip(self._params.values(), averages, strict=True)
@@ -201,9 +219,10 @@ class WeightEMA:
                 "WeightEMA: load_state_dict needs the averages of the optimizer; got one that has "
                 "loaded a state dict without them: take one step first"
             )
+        averages, self.started = self.average, True
         with torch.no_grad():
             for name, value in loaded.items():
-                self.average[name].copy_(value)
+                averages[name].copy_(value)
 
 
 def _named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

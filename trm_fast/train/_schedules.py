@@ -1,6 +1,6 @@
 """Schedules that move with the updates, and those that a metric moves."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from inspect import Parameter, signature
 from typing import Any
@@ -12,7 +12,7 @@ from trm_fast.train.run import Evaluate
 
 def takes_metric(schedule: Any) -> bool:
     """Returns whether the step of a schedule needs a metric, as that of ``ReduceLROnPlateau``."""
-    kind: Hashable = type(schedule)
+    kind: Any = type(schedule)
     return _takes_argument(kind)
 
 
@@ -49,6 +49,6 @@ def check_schedules(
     if needing and not (config.monitor and any(every)):
         raise ValueError(
             f"Trainer: schedules must not have {type(needing[0]).__name__}, which takes a metric, "
-            "without evaluate, evaluate_every >= 1 and monitor, the name of the metric; got monitor "
-            f"{config.monitor!r} and {'' if any(every) else 'no '}evaluations during the run"
+            "without evaluate, evaluate_every >= 1 and monitor, the name of the metric; got "
+            f"monitor {config.monitor!r} and {'some' if any(every) else 'no'} evaluations"
         )

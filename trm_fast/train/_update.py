@@ -216,6 +216,8 @@ class Update:
             optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
     def _move(self, found_inf: Tensor | None = None) -> None:
+        if self.ema is not None and not self.ema.started:
+            self.ema.update()  # it starts at the weights before the first update
         for optimizer in self.optimizers:
             if found_inf is not None:
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]
