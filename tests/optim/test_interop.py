@@ -9,17 +9,28 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn import Linear, Parameter
+from torch.nn import Linear, Parameter, Sequential
 
-from trm_fast.optim import GrokFastAdamW, from_lucidrains, load_official_ema
+from trm_fast.optim import (
+    AdamATan2,
+    GrokFastAdamW,
+    GrokFastSGD,
+    MuGrokfast,
+    Muon,
+    from_lucidrains,
+    load_official_ema,
+    split_params,
+)
 
 from .torch_checks import (
     assert_same,
@@ -538,6 +549,51 @@ def test_checkpointed_run_equals_uninterrupted(
     train(optimizer, rows)
     train(other, rows)
     assert_same(snapshot(other), snapshot(optimizer))
+
+
+# With options of every kind that a group may hold.
+WHOLE = {
+    "GrokFastAdamW": lambda m: GrokFastAdamW(m.parameters(), np.float64(0.1), betas=(0.8, 0.9)),
+    "bfloat16": lambda m: GrokFastAdamW(m.parameters(), filter="ma", state_dtype=torch.bfloat16),
+    "GrokFastSGD": lambda m: GrokFastSGD(m.parameters(), torch.tensor(0.1), momentum=0.9),
+    "AdamATan2": lambda m: AdamATan2(m.parameters(), np.float32(0.1), filter="ema"),
+    "Muon": lambda m: Muon(m.parameters(), np.float32(0.1), ns_dtype=torch.float32),
+    "rows": lambda m: Muon(m.parameters(), row_splits=range(1, 2), ns_coefficients=(3, -3.2, 1.2)),
+    "MuGrokfast": lambda m: MuGrokfast(split_params(m, heads=[m[1]]), ns_dtype=None),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_state_dict_goes_out_and_comes_back(name: str) -> None:
+    width = 1 if name == "rows" else 2  # rows of the first matrix, which are split
+    model = Sequential(Linear(3, width, bias=False), Linear(width, 1, bias=False))
+    optimizer = WHOLE[name](model)
+    train(optimizer, make_grads([*model.parameters()], 2))
+    before, saved = snapshot(optimizer), optimizer.state_dict()["param_groups"]
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_optimizer_state_dict(model, optimizer, options=options)
+    set_optimizer_state_dict(model, optimizer, whole, options=options)
+    assert_same(snapshot(optimizer), before)
+    loaded = optimizer.state_dict()["param_groups"]
+    assert list(map(listed, loaded)) == list(map(listed, saved))
+
+
+def listed(group: dict[str, Any]) -> dict[str, Any]:
+    """Options with lists for tuples, which is how torch hands them back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in group.items()}
+
+
+def test_a_dtype_is_saved_by_its_name_and_loaded_as_itself() -> None:
+    optimizer = Muon([Parameter(torch.ones(2, 2))], ns_dtype=torch.float16)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["ns_dtype"] == "torch.float16"
+    other = Muon([Parameter(torch.ones(2, 2))])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["ns_dtype"] is torch.float16
+    # As dicts of earlier versions have it.
+    saved["param_groups"][0]["ns_dtype"] = torch.float32
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["ns_dtype"] is torch.float32
 
 
 def test_checkpoint_of_torch_adamw_loads() -> None:

@@ -13,6 +13,7 @@ from trm_fast.ops import FILTERS, Settings
 from trm_fast.optim._closure import evaluate
 from trm_fast.optim._local import is_plain
 from trm_fast.optim._plan import CompiledStep, GroupStep, Options, Plan, StepSpec
+from trm_fast.optim._saved_options import loaded_group, saved_group
 from trm_fast.optim._states import (
     MEAN_KEYS,
     WINDOW_KEYS,
@@ -285,6 +286,16 @@ class AdaptiveOptimizer(Optimizer):
                 found.append(statistics_of([params[i] for i in part], self.state, mean, sign))
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns states and options, as ``torch.optim``.
+
+        Options hold what checkpoint tools take, such as those of ``torch.distributed.checkpoint``:
+        a dtype is there by its name.
+        """
+        found = super().state_dict()
+        found["param_groups"] = list(map(saved_group, found["param_groups"]))
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, of the one of ``torch.optim`` that it replaces, or
         a converted one of another package.
@@ -313,7 +324,7 @@ class AdaptiveOptimizer(Optimizer):
         """Checks a state dict before anything of it is used, and holds it for ``__setstate__``."""
         check_loaded(state_dict, self.param_groups)
         for group in state_dict["param_groups"]:
-            self._options({**self.defaults, **group})
+            self._options({**self.defaults, **loaded_group(group)})
         self._loaded = state_dict
 
     def __getstate__(self) -> State:
@@ -336,6 +347,7 @@ class AdaptiveOptimizer(Optimizer):
             self.__dict__.setdefault(name, default)
         self._start_anew()
         for group in self.param_groups:
+            group.update(loaded_group(group))
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if self._loaded is not None:
