@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._dot import dot
 
 # What compiles without spilling registers, by the bytes of an element.
@@ -264,7 +264,7 @@ class _Attend(torch.autograd.Function):
         return out, largest
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rope_attention")
     def backward(ctx, d_out, _):
         q, k, v, tables, padding = ctx.saved_tensors
         causal, window, scale = ctx.options
@@ -306,7 +306,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, tables, 1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rope_attention")
     def backward(ctx, d_out):
         return _rotate(d_out, *ctx.saved_tensors, -1), None
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._dot import dot
 
 PADDING = 32  # rows of the weights are padded to a multiple: aligned loads without a mask
@@ -120,7 +120,7 @@ class _TokenMixer(torch.autograd.Function):
         return torch.bmm(down.to(x.dtype).expand(batch, -1, -1), act)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("token_mixer")
     def backward(ctx, d_out):
         x, gate_up, down = ctx.saved_tensors
         batch, length, width = x.shape

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._vector_rows import (
     add_rows,
     inside,
@@ -225,7 +225,7 @@ def vector_latent_update(
     with torch.no_grad():
         turned = torch.cat([_in_squares(weight, transposed=True) for weight in cast])
     with torch.set_grad_enabled(grad_rounds > 0):
-        out: tuple[Tensor, Tensor] = _Fused.apply(
+        out: tuple[Tensor, Tensor] = _VectorLatentUpdate.apply(
             x, y, z, flat, turned, _upload(rounds, x.device), counts
         )
     return out
@@ -236,7 +236,7 @@ def _upload(scales: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(scales, dtype=torch.float32, device=device)
 
 
-class _Fused(torch.autograd.Function):
+class _VectorLatentUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -267,7 +267,7 @@ class _Fused(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("vector_latent_update")
     def backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
         x, flat, turned, scales, y_states, z_states = ctx.saved_tensors
         rounds, steps, plain = ctx.counts

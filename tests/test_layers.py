@@ -15,7 +15,10 @@ from trm_fast._dispatch import OPS
 ROOT = Path(__file__).parents[1]
 # Lower layers first; one may import those below it and itself.
 LAYERS = (
-    ("_version", "_errors", "_json", "_lazy", "_native", "_data", "_dispatch"),
+    (
+        *("_version", "_errors", "_json", "_lazy", "_native", "_data"),
+        *("_compiler", "_autograd", "_dispatch"),
+    ),
     ("kernels",),
     ("ops",),
     ("optim", "nn", "losses"),
@@ -104,8 +107,8 @@ def test_layers_up_to_train_take_nothing_from_the_facade(module):
 
 
 @pytest.mark.parametrize("module", [m for m in LAYERED if layer_of(m) == "kernels"])
-def test_kernels_import_nothing_of_the_package_but_kernels(module):
-    assert own_imports(module) <= {"kernels"}
+def test_kernels_import_nothing_of_the_package_but_kernels_and_their_mark_for_autograd(module):
+    assert own_imports(module) <= {"kernels", "_autograd"}
 
 
 @pytest.mark.parametrize("module", [m for m in LAYERED if LEVEL.get(layer_of(m), 0) < TRAIN])

@@ -14,11 +14,13 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from trm_fast import _native
+from trm_fast._autograd import is_transformed
+from trm_fast._compiler import constant_result
 from trm_fast._errors import BackendError
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
@@ -29,9 +31,10 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
-OPS: dict[str, "Op"] = {}
+# Why no fused form runs where ``is_transformed``.
+TRANSFORMED = "runs outside of torch.func and forward-mode derivatives only"
 
-Result = TypeVar("Result", bound=Callable[..., Any])
+OPS: dict[str, "Op"] = {}
 
 
 def check_name(name: str, argument: str = "backend") -> str:
@@ -245,11 +248,11 @@ class Op:
         Raises:
             BackendError: the named backend cannot run the call, or strict mode met a fallback.
         """
-        key = (device_type, dtypes, named or _named, details)
+        key = (device_type, dtypes, named or _named, details, is_transformed())
         if torch.compiler.is_compiling():
             backend: str = _constant_choice(self.name, key)
             return Choice(backend, self._function(backend), ())
-        return self._remembered(key)
+        return self.choices.get(key) or self._remembered(key)
 
     def _remembered(self, key: tuple[Any, ...]) -> Choice:
         if key not in self.choices:
@@ -257,16 +260,26 @@ class Op:
         return self.choices[key]
 
     def _choose(
-        self, device_type: str, dtypes: frozenset[torch.dtype], named: str | None, details: Any
+        self,
+        device_type: str,
+        dtypes: frozenset[torch.dtype],
+        named: str | None,
+        details: Any,
+        transformed: bool,
     ) -> Choice:
+        def reason_against(backend: str) -> str | None:
+            if transformed and backend != "reference":
+                return TRANSFORMED
+            return self.reason(backend, device_type, dtypes, details)
+
         if named is not None:
-            reason = self.reason(check_name(named), device_type, dtypes, details)
+            reason = reason_against(check_name(named))
             if reason:
                 raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
             return Choice(named, self._function(named), ())
         skipped: list[tuple[str, str]] = []
         for backend in self.order.get(device_type, ("reference",)):
-            reason = self.reason(backend, device_type, dtypes, details)
+            reason = reason_against(backend)
             if reason is None:
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
@@ -284,15 +297,6 @@ class Op:
                 function = getattr(import_module(module), attribute)
             self.functions[backend] = function
         return self.functions[backend]
-
-
-def constant_result(function: Result) -> Result:
-    """Marks a function whose result the compiler takes as a constant.
-
-    ``torch.compiler.assume_constant_result`` sets this mark too, but first imports the compiler.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # If the compiler looked at the table of choices, it would trace anew whenever that grows.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trm_fast._autograd import check_not_wrapped
 from trm_fast._dispatch import OPS, Choice
 from trm_fast.ops._adaptive_filters import WINDOWED
 from trm_fast.ops._tensors import in_order_of, is_dense, overlap, same_order
@@ -62,6 +63,7 @@ class AdaptiveStep:
         *,
         backend: str | None = None,
     ) -> None:
+        check_not_wrapped("adaptive_step_", (*params, *grads, *chain(*states)))
         self.params = params
         self.rings = states.grok_rings
         self.states = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
+from trm_fast._autograd import is_transformed
 
 _kept: dict[tuple[object, ...], Tensor] = {}
 
@@ -66,9 +67,10 @@ def _once(key: tuple[object, ...], make: Callable[[], Tensor]) -> Tensor:
 
 
 def _is_computed(table: Tensor) -> bool:
-    """Returns False for what has no values yet: in a graph under capture, or in a trace."""
+    """Returns False for what has no values yet, in a graph under capture or in a trace, and for a
+    wrapper that ends with its transform."""
     capturing = table.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(table) is Tensor and not capturing
+    return type(table) is Tensor and not capturing and not is_transformed()
 
 
 def _from_dispatcher(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from trm_fast._autograd import is_transformed
+
 Tap = Callable[[int, Tensor, Tensor], None]
 
 
@@ -50,7 +52,7 @@ def recurse(
         y_every_step: whether y follows every update of z, instead of the last of a cycle.
         detach: whether gradients end at the start of each cycle.
         recompute: whether the backward pass runs each update anew from its inputs, which alone are
-            kept, instead of keeping what is inside.
+            kept, instead of keeping what is inside; never inside torch.func.
         preserve_rng_state: whether it then draws the same random numbers, for dropout.
         tap: called with level, y and z after each cycle.
 
@@ -58,6 +60,8 @@ def recurse(
         (y, z) after the last cycle.
     """
     with_grad = torch.is_grad_enabled()
+    # torch's checkpoints know no transform.
+    recompute = recompute and not is_transformed()
     for level in range(T):
         # A branch: inside torch.compile counts may be symbols, and set_grad_enabled takes none.
         carries_grad = True if with_grad and level >= T - grad_cycles else False

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
+from trm_fast._autograd import check_not_wrapped
 from trm_fast._dispatch import Call, Example, Op
 from trm_fast.ops._tensors import in_order_of, is_dense
 
@@ -66,6 +67,7 @@ class FilterSums:
     def __init__(
         self, grads: Sequence[Tensor], means: Sequence[Tensor] = (), *, backend: str | None = None
     ) -> None:
+        check_not_wrapped("filter_sums", (*grads, *means))
         _check(grads, means)
         self.means = means
         self.device = grads[0].device if grads else torch.device("cpu")

@@ -36,9 +36,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trm_fast import _native
+from trm_fast._autograd import is_transformed, once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
@@ -178,7 +178,7 @@ class _Layers:
 
 def _cast(weight: Tensor, cast: Tensor) -> Tensor:
     """Returns ``cast``, a copy of the weight in another dtype, with the gradient of the weight."""
-    if weight.dtype == cast.dtype or torch.compiler.is_compiling():
+    if weight.dtype == cast.dtype or torch.compiler.is_compiling() or is_transformed():
         return weight.to(cast.dtype)
     out: Tensor = _Cast.apply(weight, cast)
     return out
@@ -241,7 +241,9 @@ def _cpp(
         if torch.compiler.is_compiling():
             # Takes no tensor twice, such as two zero states or the weights of tied layers.
             x, y, z, *plain = (tensor.view_as(tensor) for tensor in (x, y, z, *plain))
-        out: tuple[Tensor, Tensor] = _Fused.apply(x, y, z, network, counts, recompute, *plain)
+        out: tuple[Tensor, Tensor] = _LatentUpdate.apply(
+            x, y, z, network, counts, recompute, *plain
+        )
         return out
     y, z, _ = _forward(x, y, z, plain, network, Counts(counts.n, counts.T, 0), False)
     return y, z
@@ -293,7 +295,7 @@ def _rope(x: Tensor, network: Network) -> Tensor:
     return tables
 
 
-class _Fused(torch.autograd.Function):
+class _LatentUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -311,7 +313,7 @@ class _Fused(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("latent_update")
     def backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
         x, states, scales, kept, *weights = ctx.saved_tensors
         network, counts = ctx.network, ctx.counts

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
+from trm_fast._autograd import check_not_wrapped
 from trm_fast._dispatch import Call, Example, Op
 from trm_fast.ops._newton_schulz_forms import METHODS, form_of, has_amx
 from trm_fast.ops._newton_schulz_sets import Triple, restarts_of, triples_of
@@ -136,6 +137,7 @@ def newton_schulz_(
         flat = [number for triple in triples for number in triple]
         torch.ops.trm_fast.newton_schulz_(list(matrices), flat, method, dtype, eps, backend)
         return
+    check_not_wrapped(owner, matrices)
     _check_matrices(owner, matrices)
     _check_options(owner, method, dtype, eps)
     with torch.no_grad():

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trm_fast import _native
+from trm_fast._autograd import once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation
 
@@ -184,7 +184,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     given = [tensor for tensor in (x, residual, weight) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        out, h = _Norm.apply(kernels, x, residual, weight, dim, eps, keep)
+        out, h = _RMSNormResidual.apply(kernels, x, residual, weight, dim, eps, keep)
         return out, h
     out, h, _ = _forward(kernels, _plain(x), _plain(residual), _plain(weight), dim, eps, keep)
     return out, h
@@ -210,7 +210,7 @@ def _forward(
     return out, h, r
 
 
-class _Norm(torch.autograd.Function):
+class _RMSNormResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -235,7 +235,7 @@ class _Norm(torch.autograd.Function):
         return out, h
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rms_norm_residual")
     def backward(ctx: Any, dout: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         x, residual, weight, r = ctx.saved_tensors
         _, needs_x, needs_residual, needs_weight, *_ = ctx.needs_input_grad

@@ -33,13 +33,16 @@ theta 10000, no mask.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import inf
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from trm_fast._autograd import is_transformed
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_logits import max_logits
 from trm_fast.ops._attention_tables import rotary_tables, visible_pairs
@@ -269,15 +272,17 @@ def _attend(
     largest = max_logits(q, k, scale, mask, plain_causal) if want_logit else None
     # Rows that see nothing look at everything, and are set to zero afterwards.
     blind = None if mask is None or padding is None else ~mask.any(-1, keepdim=True)
-    out = scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask if mask is None or blind is None else mask | blind,
-        is_causal=plain_causal,
-        scale=scale,
-        enable_gqa=grouped,
-    )
+    # torch has derivatives of all kinds for its plain kernel only.
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask if mask is None or blind is None else mask | blind,
+            is_causal=plain_causal,
+            scale=scale,
+            enable_gqa=grouped,
+        )
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return out.transpose(1, 2).flatten(2), largest

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from trm_fast import _native
+from trm_fast._autograd import is_transformed, once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,8 +85,9 @@ def stablemax_cross_entropy(
             torch.compile the reference, which the compiler fuses.
 
     Returns:
-        A ``TokenLoss``. On a GPU and inside torch.compile labels are not looked at by the host: one
-        out of range makes the loss of its sequence, and the gradient of its token, NaN.
+        A ``TokenLoss``. On a GPU, inside torch.compile and inside torch.func labels are not looked
+        at by the host: one out of range makes the loss of its sequence, and the gradient of its
+        token, NaN.
 
     Raises:
         ValueError: a shape or name is wrong, or, on the CPU, a label is out of range.
@@ -131,7 +133,7 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, kind: str) -> None
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Names the first label out of range; only on the CPU, where looking costs no wait."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return
     outside = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
     if outside.any():
@@ -173,7 +175,7 @@ def _reference(logits: Tensor, labels: Tensor, ignore_index: int, stablemax: boo
 Kernels = tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]]  # forward and backward
 
 
-class _Fused(torch.autograd.Function):
+class _StablemaxCrossEntropy(torch.autograd.Function):
     """The loss by a pair of kernels; backward reads the logits again and ``others`` per token."""
 
     @staticmethod
@@ -195,7 +197,7 @@ class _Fused(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("stablemax_cross_entropy")
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
@@ -212,7 +214,9 @@ def _fused(
         logits = logits.contiguous()
     labels = labels.long().contiguous()
     if logits.requires_grad and torch.is_grad_enabled():
-        return TokenLoss(*_Fused.apply(logits, labels, ignore_index, stablemax, kernels))
+        return TokenLoss(
+            *_StablemaxCrossEntropy.apply(logits, labels, ignore_index, stablemax, kernels)
+        )
     return TokenLoss(*kernels[0](logits, labels, ignore_index, stablemax)[:5])
 
 

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from trm_fast._autograd import once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 
@@ -128,7 +128,7 @@ def _triton(x: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None) -> Te
     kernels, rows = _Kernels(forward, backward), x.reshape(-1, x.size(-1))
     needs_grad = any(t is not None and t.requires_grad for t in (x, gate_up, down, bias))
     if torch.is_grad_enabled() and needs_grad:
-        out: Tensor = _Network.apply(kernels, rows, gate_up, down, bias)
+        out: Tensor = _SwiGLU.apply(kernels, rows, gate_up, down, bias)
     else:
         act = kernels.forward(_plain(rows), _plain(gate_up))
         out = torch.nn.functional.linear(act, down, bias)
@@ -139,7 +139,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.contiguous().resolve_neg()
 
 
-class _Network(torch.autograd.Function):
+class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, kernels: _Kernels, x: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None
@@ -150,7 +150,7 @@ class _Network(torch.autograd.Function):
         return torch.nn.functional.linear(kernels.forward(x, gate_up), down, bias)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("swiglu")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down = ctx.saved_tensors
         _, needs_x, needs_gate_up, needs_down, needs_bias = ctx.needs_input_grad

@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, layer_norm, linear
 
 from trm_fast import _native
+from trm_fast._autograd import once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
 from trm_fast.ops._recurse import recurse
@@ -313,7 +313,9 @@ def _cpp(
             if torch.compiler.is_compiling():
                 # Takes no tensor twice, such as two zero states.
                 x, y, z, *plain = (tensor.view_as(tensor) for tensor in (x, y, z, *plain))
-            out: tuple[Tensor, Tensor] = _Fused.apply(x, y, z, schedule, recompute, *plain)
+            out: tuple[Tensor, Tensor] = _VectorLatentUpdate.apply(
+                x, y, z, schedule, recompute, *plain
+            )
             return out
     y, z = _own(y), _own(z)
     none = x.new_empty(0)
@@ -332,7 +334,7 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format).resolve_neg()
 
 
-class _Fused(torch.autograd.Function):
+class _VectorLatentUpdate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -358,7 +360,7 @@ class _Fused(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("vector_latent_update")
     def backward(ctx: Any, dy: Tensor, dz: Tensor) -> tuple[Any, ...]:
         x, states, kept, norms, *weights = ctx.saved_tensors
         schedule = ctx.schedule
