@@ -148,7 +148,7 @@ def cuda_library() -> Extension:
     home = cuda_home()
     cpp_extension.CUDA_HOME = str(home)
     # torch would ask a GPU for its architecture.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
     # Not CUDAExtension, which links libraries that a torch without CUDA does not have.
     return cpp_extension.CppExtension(
         "trm_fast._cuda",
@@ -156,6 +156,10 @@ def cuda_library() -> Extension:
         include_dirs=[os.path.abspath("csrc"), str(home / "include")],
         library_dirs=[str(home / "lib64")],
         libraries=["cudart"],
+        # Without characters that a shell would read.
+        define_macros=[
+            ("TRM_FAST_CUDA_ARCHITECTURES", "_".join(re.split(r"[;\s]+", architectures)))
+        ],
         extra_compile_args={"nvcc": NVCC_FLAGS},
         extra_link_args=["-Wl,--no-as-needed", "-ltorch_cuda"],
         py_limited_api=True,

@@ -441,6 +441,12 @@ def adaptive_step_kernel(
             tl.store(ticket_ptr, 0)
 
 
+def _has_moment(rule: int, rows: np.ndarray) -> bool:
+    """Whether the rule has a first moment; only "sgd" goes by the rows, where empty tensors have
+    no address."""
+    return rule != FILTER_ONLY.value and (rule != SGD.value or bool(rows[:, EXP_AVG.value].any()))
+
+
 def adaptive_step_rows_(
     table: Tensor, ticket: Tensor | None, rule: int, filter: int, numbers: Sequence[float],
     lr_at: Tensor | None, weight_decay_at: Tensor | None, lamb_at: Tensor | None,
@@ -473,7 +479,7 @@ def adaptive_step_rows_(
                 n.alpha, 1.0 - n.alpha, n.lamb, n.proj_eps, 1.0 - n.weight_ema,
                 lr_at, weight_decay_at, lamb_at, grad_scale, found_inf, clip,
                 RULE=rule, FILTER=filter if filtered else NO_FILTER.value,
-                MOMENT=bool(same[:, EXP_AVG.value].any()), NESTEROV=bool(n.nesterov),
+                MOMENT=_has_moment(rule, same), NESTEROV=bool(n.nesterov),
                 WARMUP=bool(n.warmup), AVERAGE=bool(same[:, WEIGHT_EMA.value].any()), **layout,
             )  # fmt: skip
 

@@ -34,6 +34,7 @@ from trm_fast.kernels._vector_rows import (
 )
 
 BLOCK = 16  # rows of a program: the least that a matrix unit takes
+BLOCK_K = 16  # likewise, at a time in a product
 EPS = 1e-5
 VECTORS = 4  # sums over rows that an update leaves
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -256,7 +257,7 @@ class _VectorLatentUpdate(torch.autograd.Function):
         y_states = x.new_empty((grad_rounds, batch, hidden))
         z_states = x.new_empty((grad_rounds * steps + (grad_rounds > 0), batch, hidden))
         act = torch.empty_like(x)
-        constants, options = _launch(hidden, x.dtype)
+        constants, options = _launch(hidden)
         with _on(x.device):
             vector_forward_kernel[(triton.cdiv(batch, BLOCK),)](
                 x, y, z, act, turned, scales, y_states, z_states, batch, *counts,
@@ -281,7 +282,7 @@ class _VectorLatentUpdate(torch.autograd.Function):
         of_round, total = x.new_empty((grad_rounds, batch, hidden)), torch.empty_like(x)
         work = x.new_empty((6, batch, hidden), dtype=torch.float32)
         sums = x.new_empty((updates, programs, VECTORS, hidden), dtype=torch.float32)
-        constants, options = _launch(hidden, x.dtype)
+        constants, options = _launch(hidden)
         with _on(x.device):
             vector_backward_kernel[(programs,)](
                 x, dx, dy, dz, flat, turned, scales, y_states, z_states, act, out, into,
@@ -324,10 +325,9 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(hidden: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
+def _launch(hidden: int) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns constants and launch options of both kernels; larger tiles would spill."""
-    block_k = 8 if dtype == torch.float32 else 16
-    constants = {"H": hidden, "EPS": EPS, "BLOCK": BLOCK, "BLOCK_K": block_k}
+    constants = {"H": hidden, "EPS": EPS, "BLOCK": BLOCK, "BLOCK_K": BLOCK_K}
     warps = 8 if hidden > 64 else 4
     # A thread may have all registers; the assembler would spill a few bytes to make room for more.
     return constants, {"num_warps": warps, "num_stages": 2, "maxnreg": 255}
@@ -339,7 +339,7 @@ def specialisations() -> list[dict[str, Any]]:
     for dtype in (torch.float32, torch.bfloat16):
         for hidden in (32, 64, 128):
             for kernel in (vector_forward_kernel, vector_backward_kernel):
-                constants, options = _launch(hidden, dtype)
+                constants, options = _launch(hidden)
                 kinds.append(_kind(kernel, dtype, constants, options))
     return kinds
 

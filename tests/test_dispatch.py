@@ -281,6 +281,38 @@ def test_a_gpu_that_is_missing_or_too_old_is_named(monkeypatch, available, hip, 
     assert _dispatch._gpu_unusable.__wrapped__() == reason
 
 
+@pytest.mark.parametrize(
+    ("built_for", "capability", "usable"),
+    [
+        ("8.0_9.0_10.0+PTX", (8, 0), True),
+        ("8.0_9.0_10.0+PTX", (8, 9), True),
+        ("8.0_9.0_10.0+PTX", (9, 0), True),
+        ("8.0_9.0_10.0+PTX", (12, 0), True),
+        ("8.0_9.0", (10, 0), False),
+        ("8.6", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("8.0+PTX", (9, 0), True),
+        ("Hopper", (9, 0), True),
+    ],
+)
+def test_cuda_is_usable_on_what_its_library_was_built_for(
+    monkeypatch, built_for, capability, usable
+):
+    monkeypatch.setattr(torch.ops.trm_fast, "_cuda_architectures", lambda: built_for)
+    reason = _native.gpu_unusable(capability)
+    assert (reason is None) is usable
+    got = f"{capability[0]}.{capability[1]}"
+    assert usable or f"got {got}: rebuild it with TRM_FAST_CUDA=1" in reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_nothing_is_chosen_for_a_device_that_is_not_there():
+    for states in (devices["cuda"] for devices in trm_fast.backends().values()):
+        assert "chosen" not in states.values()
+        assert states["reference"] == "torch finds no CUDA device"
+
+
 def reason_for(backend: str, library: Path, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """Opens ``library`` anew in the place of that of ``backend``."""
     monkeypatch.setattr(_native, "path", lambda _: library)

@@ -31,6 +31,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+NO_GPU = "torch finds no CUDA device"
 # Why no fused form runs where ``is_transformed``.
 TRANSFORMED = "runs outside of torch.func and forward-mode derivatives only"
 
@@ -108,12 +109,21 @@ def _triton_unusable(device_type: str) -> str | None:
 @cache
 def _gpu_unusable() -> str | None:
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
+        return NO_GPU
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is built for ROCm"
-    devices = range(torch.cuda.device_count())
-    major, minor = min(torch.cuda.get_device_capability(device) for device in devices)
+    major, minor = min(_capabilities())
     return None if major >= 8 else f"needs compute capability 8.0 or higher; got {major}.{minor}"
+
+
+@cache
+def _cuda_unusable() -> str | None:
+    reasons = map(_native.gpu_unusable, _capabilities())
+    return _gpu_unusable() or next((reason for reason in reasons if reason), None)
+
+
+def _capabilities() -> list[tuple[int, int]]:
+    return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 def unusable(backend: str, device_type: str) -> str | None:
@@ -126,7 +136,7 @@ def unusable(backend: str, device_type: str) -> str | None:
         return f"runs on CPU tensors only; got {device_type}"
     if backend == "cuda" and device_type != "cuda":
         return f"runs on CUDA tensors only; got {device_type}"
-    return _native.unusable(backend)
+    return _native.unusable(backend) or (_cuda_unusable() if backend == "cuda" else None)
 
 
 class Call(NamedTuple):
@@ -339,7 +349,8 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
 def _states(op: Op, device_type: str) -> dict[str, str]:
     dtypes = frozenset({torch.float32})
     listed = [*op.order[device_type], *(b for b in BACKENDS if b not in op.order[device_type])]
-    states = {b: op.reason(b, device_type, dtypes) or "usable" for b in listed}
+    absent = NO_GPU if device_type == "cuda" and not torch.cuda.is_available() else "usable"
+    states = {b: op.reason(b, device_type, dtypes) or absent for b in listed}
     usable = [b for b in op.order[device_type] if states[b] == "usable"]
     if _named is not None:
         usable = [_named] if states[_named] == "usable" else []

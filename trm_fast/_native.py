@@ -1,5 +1,6 @@
 """Opens the compiled libraries, and remembers why one of them cannot be used."""
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ REVISION = 5
 LIBRARY = torch.library.Library("trm_fast", "DEF")
 LIBRARY.define("_cpu_revision() -> int")
 LIBRARY.define("_cuda_revision() -> int")
+LIBRARY.define("_cuda_architectures() -> str")
 
 _FILES = {"cpp": ("_cpu.so", "_cpu_revision"), "cuda": ("_cuda.so", "_cuda_revision")}
 _SWITCH = {"cpp": "TRM_FAST_CPU", "cuda": "TRM_FAST_CUDA"}
@@ -40,3 +42,32 @@ def unusable(backend: str) -> str | None:
     if built_for != REVISION:
         return f"{file.name} has revision {built_for}, this source needs {REVISION}: re{rebuild}"
     return None
+
+
+def gpu_unusable(capability: tuple[int, int]) -> str | None:
+    """Returns why a GPU of this compute capability runs nothing of the library of "cuda", which can
+    be opened, or None."""
+    rebuild = "rebuild it with TRM_FAST_CUDA=1 pip install --no-build-isolation ."
+    try:
+        built_for: str = torch.ops.trm_fast._cuda_architectures()
+    except NotImplementedError:
+        return f"{path('cuda').name} does not tell its GPUs: {rebuild}"
+    architectures = built_for.split("_")
+    if any(_runs_on(capability, architecture) for architecture in architectures):
+        return None
+    return (
+        f"{path('cuda').name} is built for compute capability {', '.join(architectures)}; got "
+        f"{capability[0]}.{capability[1]}: {rebuild}, with TORCH_CUDA_ARCH_LIST set"
+    )
+
+
+def _runs_on(capability: tuple[int, int], architecture: str) -> bool:
+    """Returns whether code for an architecture, as TORCH_CUDA_ARCH_LIST names it, runs on a GPU:
+    on later minors of one major, with "a" on that GPU alone, as PTX on all later ones."""
+    found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
+    if found is None:
+        return True  # a name such as "Hopper", of which torch knows the number
+    built_for = int(found[1]), int(found[2])
+    if capability == built_for or (found[4] and capability > built_for):
+        return True
+    return found[3] != "a" and capability[0] == built_for[0] and capability > built_for

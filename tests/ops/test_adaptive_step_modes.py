@@ -140,6 +140,16 @@ def test_the_launcher_of_triton_refuses_a_number_that_is_no_mode(rule, filter):
         adaptive_step_rows_(*rows_of(table, rule, filter))
 
 
+@each_fast
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "momentum", "filter"])
+def test_tensors_without_elements_count_their_steps(fast, rule):
+    names = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("exp_avg",), "momentum": ("exp_avg",)}
+    item = {name: torch.empty(0, 3) for name in ("param", "grad", *names.get(rule, ()))}
+    item["step"] = torch.tensor(4.0)
+    run([item], Settings(1e-2, beta1=0.9, rule=rule), fast)
+    assert item["step"] == 5
+
+
 # A mode that stands on the page alone.
 
 

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from trm_fast._compiler import constant_result
+
 
 def activation(x: Tensor) -> Tensor:
     """Returns ``x`` in the dtype to compute in: that of autocast where it is on, else its own.
@@ -29,4 +31,9 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 def _is_on(kind: str) -> bool:
     # Some device types, such as meta, know no autocast, and asking about them is an error.
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _knows_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
+@constant_result  # the compiler of torch 2.11 cannot trace the question
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)

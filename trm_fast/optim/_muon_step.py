@@ -136,7 +136,7 @@ class Descent:
         return found
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledMuonStep(CompiledStep):
     """The step of a group of hidden matrices through the dispatcher."""
 

@@ -48,7 +48,7 @@ class Options(NamedTuple):
     descent: Any = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ReadyStep:
     """The step of a group, checked and ready to be taken."""
 
@@ -60,7 +60,7 @@ class ReadyStep:
         return self.options.settings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GroupStep(ReadyStep):
     """A step by a plan."""
 
@@ -75,7 +75,7 @@ class GroupStep(ReadyStep):
         self.plan.step(self.grads, self.options)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledStep(ReadyStep):
     """A step through the dispatcher, where torch.compile sees what it writes."""
 
