@@ -140,14 +140,25 @@ def test_the_launcher_of_triton_refuses_a_number_that_is_no_mode(rule, filter):
         adaptive_step_rows_(*rows_of(table, rule, filter))
 
 
-@each_fast
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "momentum", "filter"])
-def test_tensors_without_elements_count_their_steps(fast, rule):
-    names = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("exp_avg",), "momentum": ("exp_avg",)}
-    item = {name: torch.empty(0, 3) for name in ("param", "grad", *names.get(rule, ()))}
-    item["step"] = torch.tensor(4.0)
-    run([item], Settings(1e-2, beta1=0.9, rule=rule), fast)
-    assert item["step"] == 5
+@pytest.mark.skipif(unusable("triton", "cpu") is not None, reason="needs Triton's interpreter")
+@pytest.mark.parametrize(
+    ("rule", "moment"), [("adamw", True), ("momentum", True), ("filter", False)]
+)
+def test_a_triton_kernel_has_a_first_moment_by_its_rule(monkeypatch, rule, moment):
+    """Tensors without elements have no address, by which the launcher once went."""
+    from trm_fast.kernels import adaptive_step as kernels
+
+    launched = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launched.append(constants["MOMENT"])
+
+    monkeypatch.setattr(kernels, "adaptive_step_kernel", Recorder())
+    states = {"adamw": ("exp_avg", "exp_avg_sq"), "momentum": ("exp_avg",), "filter": ()}[rule]
+    item = {name: torch.empty(0, 3) for name in ("param", "grad", *states)}
+    run([item | {"step": torch.tensor(4.0)}], Settings(1e-2, rule=rule), "triton")
+    assert launched == [moment]
 
 
 # A mode that stands on the page alone.
