@@ -94,6 +94,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     for op in _dispatch.OPS.values():
         op.choices.clear()
         op.notes.clear()
+    _dispatch._warned.clear()
     yield
     if request.node.get_closest_marker("compile"):
         torch._dynamo.reset()

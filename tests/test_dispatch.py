@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -134,6 +135,59 @@ def test_float64_runs_on_the_reference_and_is_listed():
     key = next(k for k in fallbacks if k.startswith("cpu") and "float64" in k)
     assert key.endswith("ran on reference")
     assert re.search(r"cpp: runs float32.*got float64", fallbacks[key])
+
+
+def warnings_of(function, *arguments, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function(*arguments, **options)
+    told = [str(warning.message) for warning in caught]
+    return [text for text in told if text.startswith("trm_fast")]  # torch has warnings of its own
+
+
+@needs_library
+def test_the_slow_path_is_told_once_with_its_reason():
+    (told,) = warnings_of(call, torch.float64)
+    assert "adaptive_step runs on the reference: cpp: runs float32" in told
+    OPS["adaptive_step"].choices.clear()
+    assert not warnings_of(call, torch.float64)
+
+
+def test_nothing_is_told_where_the_reference_is_named():
+    assert not warnings_of(call, torch.float64, backend="reference")
+    with use_backend("reference"):
+        assert not warnings_of(layer_by_layer)
+
+
+def test_a_transform_is_told_as_the_reason():
+    x = torch.ones(2, 8)
+    (told,) = warnings_of(torch.func.jvp, trm_fast.ops.rms_norm_residual, (x,), (x,))
+    assert "runs outside of torch.func" in told
+
+
+def layer_by_layer(**options):
+    x = torch.ones(1, 3, 32)
+    net = trm_fast.nn.Blocks(32, 1, heads=2)
+    return trm_fast.nn.Recursion(net, n=1, T=1, **options or {"detach": True})(x, x, x)
+
+
+SLOW = {
+    "option": (layer_by_layer, "detach is no option of the fused form"),
+    "taps": (lambda: layer_by_layer(taps=[]), "there are taps"),
+    "vectors": (
+        lambda: trm_fast.nn.Recursion(trm_fast.nn.VectorNet(32), n=1, T=1)(*torch.ones(3, 2, 32)),
+        "step_scale is not given as numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLOW)
+def test_layers_one_by_one_are_told_and_refused_by_strict_mode(monkeypatch, case):
+    run, reason = SLOW[case]
+    assert any("layer by layer" in told and reason in told for told in warnings_of(run))
+    monkeypatch.setattr(_dispatch, "_strict", True)
+    with pytest.raises(BackendError, match=f"TRM_FAST_STRICT=1 and .* layer by layer: {reason}"):
+        run()
 
 
 @needs_library

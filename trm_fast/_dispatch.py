@@ -1,12 +1,14 @@
 """Decides which implementation of an op runs, and says why another one does not.
 
 Every op has up to four implementations, named ``reference``, ``cpp``, ``cuda`` and ``triton``.
-Unnamed choice: the first usable one in ``ORDER``, silently. Named choice (``TRM_FAST_BACKEND``,
+Unnamed choice: the first usable one in ``ORDER``; a warning says once for each reason that the
+reference runs instead of a faster one. Named choice (``TRM_FAST_BACKEND``,
 ``use_backend`` or a ``backend`` argument): that one or a ``BackendError``. ``TRM_FAST_STRICT=1``
-turns every silent fallback into an error.
+turns every fallback into an error.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -214,6 +216,7 @@ class Op:
         order: device type to backends, fastest first.
         composed: backends on which the op calls other ops, and has no kernel of its own.
         lacks: backend that runs at all to the modes and options that it does not know.
+        slower: how much slower the reference was where that was measured, for the warning.
     """
 
     name: str
@@ -223,6 +226,7 @@ class Op:
     order: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: ORDER)
     composed: tuple[str, ...] = ()
     lacks: Callable[[str], tuple[str, ...]] = _knows_everything
+    slower: str = ""
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
     notes: dict[str, dict[str, None]] = field(default_factory=dict, init=False, repr=False)
@@ -291,6 +295,8 @@ class Op:
         for backend in self.order.get(device_type, ("reference",)):
             reason = reason_against(backend)
             if reason is None:
+                if skipped and backend == "reference":
+                    _warn_once(self, "on the reference", "; ".join(map(": ".join, skipped)))
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
             if _strict:
@@ -324,9 +330,33 @@ def note_fallback(op: str, device_type: str, dtype: torch.dtype, instead: str, r
         device_type, dtype: of the call.
         instead: how the call ran.
         reason: why.
+
+    Raises:
+        BackendError: strict mode is on, and the reference is not named.
     """
     kind = str(dtype).removeprefix("torch.")
     OPS[op].notes.setdefault(f"{device_type} {kind} ran {instead}", {})[reason] = None
+    if _named == "reference":
+        return
+    if _strict:
+        raise BackendError(f"{op}: TRM_FAST_STRICT=1 and the call would run {instead}: {reason}")
+    _warn_once(OPS[op], instead, reason)
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn_once(op: Op, instead: str, reason: str) -> None:
+    """Says that calls take the slow path, once in a process for each way and reason."""
+    if (instead, reason) in _warned:
+        return
+    _warned.add((instead, reason))
+    slower = f" ({op.slower})" if op.slower else ""
+    warnings.warn(
+        f"trm_fast: {op.name} runs {instead}{slower}: {reason}. TRM_FAST_STRICT=1 makes this an "
+        "error, and naming the reference as the backend silences it",
+        stacklevel=2,
+    )
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
@@ -340,7 +370,7 @@ def backends() -> dict[str, dict[str, dict[str, str]]]:
     table: dict[str, dict[str, dict[str, str]]] = {}
     for op in OPS.values():
         table[op.name] = {device: _states(op, device) for device in op.order}
-        for key, found in (("lacking", _lacking(op)), ("fallbacks", _fallbacks(op))):
+        for key, found in (("lacking", _lacking(op)), ("fallbacks", fallbacks(op))):
             if found:
                 table[op.name][key] = found
     return table
@@ -371,7 +401,8 @@ def without(op: Op, backend: str) -> str:
     return f", without {lacking}" if lacking else ""
 
 
-def _fallbacks(op: Op) -> dict[str, str]:
+def fallbacks(op: Op) -> dict[str, str]:
+    """Returns the calls of an op that did not run as fast as they might, to all reasons."""
     found: dict[str, list[str]] = {}
     for (device_type, dtypes, *_), choice in op.choices.items():
         if choice.skipped:

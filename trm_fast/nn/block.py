@@ -199,6 +199,8 @@ class Blocks(nn.Module):
             their mixer, or as for ``Block``.
     """
 
+    fused_op = "latent_update"
+
     def __init__(self, width: int, layers: int = 2, **options: Any) -> None:
         super().__init__()
         check_sizes("Blocks", layers=layers)

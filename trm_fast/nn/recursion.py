@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from trm_fast._dispatch import note_fallback
 from trm_fast.ops._recurse import Cell, recurse
 
 Scale = Sequence[float] | Tensor | Callable[[int], float | Tensor]
@@ -41,7 +42,8 @@ class Recursion(nn.Module):
         ``fused_recursion(x, y, z, *, n, T, grad_cycles, recompute)``, which returns (y, z) after
         the whole recursion, or None. It is tried first, if none of ``net_y``, ``y_every_step``,
         ``step_scale``, ``detach``, ``taps``, hooks and context is used; those named in its
-        ``fused_options`` it gets as arguments;
+        ``fused_options`` it gets as arguments; ``fused_op`` names the op among whose fallbacks
+        ``trm_fast.backends()`` then says why it was not used;
         ``draws_nothing``, which says that it has no dropout. Otherwise recomputation saves and
         restores the state of the random numbers, for which a GPU is waited for.
 
@@ -161,7 +163,7 @@ class Recursion(nn.Module):
         self, x: Tensor, y: Tensor, z: Tensor, schedule: _Schedule, context: dict[str, Any]
     ) -> tuple[Tensor, Tensor] | None:
         run = getattr(self.net, "fused_recursion", None)
-        if run is None or self.taps is not None or self.net_y is not None:
+        if run is None:
             return None
         options = {
             "y_every_step": self.y_every_step,
@@ -170,10 +172,24 @@ class Recursion(nn.Module):
             **context,
         }
         options = {name: v for name, v in options.items() if v is not None and v is not False}
-        if not options.keys() <= {*getattr(self.net, "fused_options", ())}:
+        reason = self._unfused(options)
+        if reason is not None:
+            op = getattr(self.net, "fused_op", None)
+            if op is not None:
+                note_fallback(op, x.device.type, x.dtype, "layer by layer", reason)
             return None
         counts = {"n": schedule.n, "T": schedule.T, "grad_cycles": schedule.grad_cycles}
         return run(x, y, z, **counts, recompute=self.recompute, **options)  # type: ignore[no-any-return]
+
+    def _unfused(self, options: dict[str, Any]) -> str | None:
+        """Returns what of this module no fused form does, or None."""
+        if self.taps is not None:
+            return "there are taps"
+        if self.net_y is not None:
+            return "there is a second network"
+        known = getattr(self.net, "fused_options", ())
+        lacking = [name for name in options if name not in known]
+        return f"{lacking[0]} is no option of the fused form" if lacking else None
 
     def _cell(self, step_scale: Scale | None, context: dict[str, Any]) -> Cell:
         cell: Cell

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
+from trm_fast._dispatch import note_fallback
 from trm_fast.nn._hooks import is_hooked
 from trm_fast.ops import vector_latent_update
 
@@ -40,6 +41,7 @@ class VectorNet(nn.Module):
 
     # Options of `Recursion` that fused_recursion takes.
     fused_options = ("y_every_step", "step_scale")
+    fused_op = "vector_latent_update"
 
     def __init__(self, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -105,13 +107,16 @@ class VectorNet(nn.Module):
                 ``trm_fast.ops.vector_latent_update``.
 
         Returns:
-            (y, z) after it; None where the op does not do what this module does: without
+            (y, z) after it; None, with the reason among the fallbacks in ``trm_fast.backends()``,
+            where the op does not do what this module does: without
             ``step_scale``, with tensors in it, with active dropout, for x, y and z of several
             shapes or dimensions, and where a layer has a hook or is not the original one.
         """
         scales = _numbers(step_scale, T)
         alike = x.dim() == 2 and x.shape == y.shape == z.shape and x.dtype == y.dtype == z.dtype
-        if scales is None or not alike or not self.draws_nothing or not self._is_plain():
+        reason = self._unfused(scales, alike)
+        if reason is not None:
+            note_fallback(self.fused_op, x.device.type, x.dtype, "layer by layer", reason)
             return None
         return vector_latent_update(
             x,
@@ -126,6 +131,16 @@ class VectorNet(nn.Module):
             recompute=recompute,
             backend=backend,
         )
+
+    def _unfused(self, scales: list[float] | None, alike: bool) -> str | None:
+        """Returns what the op does not do of this call, or None."""
+        if scales is None:
+            return "step_scale is not given as numbers"
+        if not alike:
+            return "x, y and z are not [batch, hidden] of one shape and dtype"
+        if not self.draws_nothing:
+            return "random numbers are drawn"
+        return None if self._is_plain() else "a layer has hooks, or is another one"
 
     def _is_plain(self) -> bool:
         layers = list(self.children())

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from trm_fast._dispatch import OPS, Op
+from trm_fast._dispatch import OPS, Op, fallbacks
 
 
 def used(device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
@@ -19,7 +19,7 @@ def used(device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
         - ``chosen``: the backend that runs a float32 call on this type of device, or None;
         - ``calls``: device type and dtypes, such as "cpu float32", to the backends that ran calls
           with them, joined by ", "; empty if the op was not called;
-        - ``fallbacks``: such a call and what ran instead, to the reason why a faster backend did
+        - ``fallbacks``: such a call and what ran instead, to the reasons why a faster backend did
           not.
     """
     import trm_fast.ops  # noqa: F401 (registers every op)
@@ -30,17 +30,12 @@ def used(device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
 
 def _used(op: Op, device_type: str) -> dict[str, Any]:
     calls: dict[str, set[str]] = {}
-    fallbacks = {}
     for (kind, dtypes, *_), choice in op.choices.items():
-        call = f"{kind} {_names(dtypes)}"
-        calls.setdefault(call, set()).add(choice.backend)
-        if choice.skipped:
-            reasons = "; ".join(f"{backend}: {reason}" for backend, reason in choice.skipped)
-            fallbacks[f"{call} ran on {choice.backend}"] = reasons
+        calls.setdefault(f"{kind} {_names(dtypes)}", set()).add(choice.backend)
     return {
         "chosen": _chosen(op, device_type),
         "calls": {call: ", ".join(sorted(found)) for call, found in sorted(calls.items())},
-        "fallbacks": fallbacks,
+        "fallbacks": fallbacks(op),
     }
 
 
