@@ -31,7 +31,6 @@ arXiv:1606.08415, for gelu.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -105,8 +104,7 @@ class Levels(NamedTuple):
         return Schedule(scales, 1, self.grad_cycles * self.n)
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """The recursion as rounds, each of some updates of z and one of y.
 
     Args:
@@ -331,7 +329,9 @@ def _plain(tensor: Tensor) -> Tensor:
 
 def _own(tensor: Tensor) -> Tensor:
     """Returns a contiguous copy that may be overwritten, outside of autograd."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format).resolve_neg()
+    # The copy comes last: in torch 2.11 a compiled function whose result is also an intermediate
+    # value, as that of resolve_neg is, gives gradients of zero.
+    return tensor.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 class _VectorLatentUpdate(torch.autograd.Function):
