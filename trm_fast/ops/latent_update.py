@@ -42,6 +42,7 @@ from trm_fast._autograd import is_transformed, once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._attention_tables import rotary_tables
 from trm_fast.ops._autocast import activation, without_autocast
+from trm_fast.ops._flops import register_flops
 from trm_fast.ops._latent_arguments import (
     MIXERS,
     WEIGHTS_PER_LAYER,
@@ -234,6 +235,7 @@ def _cpp(
     counts: Counts,
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
+    register_flops()
     x, y, z = (tensor.contiguous().resolve_neg() for tensor in (x, y, z))
     plain = [weight.float().contiguous().resolve_neg() for weight in weights]
     given = (x, y, z, *plain) if counts.grad_cycles == counts.T else (x, *plain)

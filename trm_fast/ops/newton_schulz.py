@@ -44,6 +44,7 @@ from torch import Tensor
 from trm_fast import _native
 from trm_fast._autograd import check_not_wrapped
 from trm_fast._dispatch import Call, Example, Op
+from trm_fast.ops._flops import register_flops
 from trm_fast.ops._newton_schulz_forms import METHODS, form_of, has_amx
 from trm_fast.ops._newton_schulz_sets import Triple, restarts_of, triples_of
 from trm_fast.ops._tensors import overlap
@@ -273,6 +274,7 @@ def _cpp(
     dtype: torch.dtype,
     eps: float,
 ) -> None:
+    register_flops()
     places = [_with_columns_side_by_side(matrix) for matrix in matrices]
     rows = [
         (place.data_ptr(), *place.shape, place.stride(0), STORAGE.index(place.dtype))

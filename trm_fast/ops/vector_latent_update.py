@@ -42,6 +42,7 @@ from trm_fast import _native
 from trm_fast._autograd import once_differentiable
 from trm_fast._dispatch import Call, Example, Op, named_backend
 from trm_fast.ops._autocast import activation, without_autocast
+from trm_fast.ops._flops import register_flops
 from trm_fast.ops._recurse import recurse
 from trm_fast.ops._recursion_inputs import draw
 
@@ -302,6 +303,7 @@ def _reference(
 def _cpp(
     x: Tensor, y: Tensor, z: Tensor, weights: list[Tensor], levels: Levels, recompute: bool
 ) -> tuple[Tensor, Tensor]:
+    register_flops()
     plain = [_plain(weight.float()) for weight in weights]
     schedule = levels.schedule()
     x = _plain(x)
