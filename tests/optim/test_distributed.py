@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -107,6 +108,13 @@ def fsdp(mesh: DeviceMesh, rank: int, rows: int, make: str = "adamw") -> Any:
     optimizer = MAKE[make](model.parameters())
     train(model, optimizer, rows, half(rank))
     return result(model, optimizer)
+
+
+def clipped_parts(mesh: DeviceMesh, rank: int) -> str:
+    """Each process has a part of the parameters, thus of the norm; returns the error."""
+    with pytest.raises(ValueError) as raised:
+        ZeroRedundancyOptimizer(linear(5).parameters(), GrokFastSGD, lr=0.1, clip_norm=0.1)
+    return str(raised.value)
 
 
 def averaged(model: torch.nn.Module, part: slice) -> Any:
@@ -264,6 +272,7 @@ def strided(mesh: DeviceMesh, rank: int, make: str) -> Any:
 
 
 CASES: dict[str, Callable[[DeviceMesh, int], Any]] = {
+    "clipped_parts": clipped_parts,
     "ddp_view": lambda mesh, rank: ddp(mesh, rank, True),
     "ddp_copy": lambda mesh, rank: ddp(mesh, rank, False),
     "fsdp_5_rows": lambda mesh, rank: fsdp(mesh, rank, 5),
@@ -347,6 +356,12 @@ def test_every_filter_equals_one_process_on_the_whole_batch(
         assert_near(found, expected)
         if make in ELEMENTWISE:
             assert_equal(found, expected)
+
+
+def test_norm_of_a_part_of_the_parameters_is_refused(results: list[Any]) -> None:
+    for found in returned(results, "clipped_parts"):
+        assert "GrokFastSGD: clip_norm must be an argument" in found
+        assert "Under ZeroRedundancyOptimizer" in found
 
 
 def test_weight_average_of_shards_equals_that_of_one_process(results: list[Any]) -> None:

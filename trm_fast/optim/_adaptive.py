@@ -134,9 +134,15 @@ class AdaptiveOptimizer(Optimizer):
         """
         whole = [name for name in WHOLE if name in param_group]
         if whole:
+            # Optimizers of a part of the parameters hand their options over in groups.
+            remedy = (
+                ". Under ZeroRedundancyOptimizer, where each process has a part of the norm, call "
+                "torch.nn.utils.clip_grad_norm_ before the step"
+            )
+            remedy = remedy if whole[0] == "clip_norm" else ""
             raise ValueError(
                 f"{type(self).__name__}: {whole[0]} must be an argument of the optimizer, as it "
-                "holds for all groups; got it in a group"
+                f"holds for all groups; got it in a group{remedy}"
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
