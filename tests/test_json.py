@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from trm_fast._json import MAX_DEPTH, depth_of, load_object, loads
+from trm_fast._json import MAX_DEPTH, depth_of, load_object, loads, read_object
 
 ROOT = Path(__file__).parents[1]
 TEXTS = st.text(alphabet='[]{}"\\,: aé\u2028', max_size=12)
@@ -60,6 +60,34 @@ def test_the_deepest_is_read_and_one_more_is_not(begin, end):
 def test_what_is_no_object_is_told_in_one_line(text, message):
     with pytest.raises(ValueError, match=f"^file: {message}$"):
         load_object(text, "file:")
+
+
+@pytest.mark.parametrize(
+    ("text", "came"),
+    [
+        ("9" * 400, "an integer of 400 characters"),
+        ("-" + "9" * 21, "an integer of 22 characters"),
+        ("1e999", "a number that is too large"),
+        ("9" * 310 + ".0", "a number that is too large"),
+        ("-1E0400", "a number that is too large"),
+        ("NaN", "NaN"),
+        ("-Infinity", "-Infinity"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(text, came):
+    with pytest.raises(ValueError, match=f"^file: must be JSON; got {came}$"):
+        loads(f'{{"a": {text}}}', "file:")
+
+
+def test_numbers_that_only_look_large_are_read():
+    text = '["' + "9" * 400 + '", 1e-999, 1.5e300, -18446744073709551616, "1e999", 0.' + "1" * 400
+    found = loads(text + "]", "file:")
+    assert found[1:] == [0.0, 1.5e300, -(1 << 64), "1e999", 1 / 9]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.json").write_text("{}", "utf-8-sig")
+    assert read_object(tmp_path / "a.json") == {}
 
 
 # Python would end with a full stack rather than with an exception, so that a process of its own

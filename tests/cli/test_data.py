@@ -11,6 +11,7 @@ from trm_fast.cli import _data_make, main
 from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.puzzles.sudoku import check_sudoku, solve_sudoku, sudoku_difficulty
 from trm_fast.data.sources.official import read_official, write_official
+from trm_fast.recipes.puzzle.data import SudokuData
 
 # Two Sudokus of size 4 with their solution.
 GOOD = ("1030341021434301", "1234341221434321")
@@ -286,15 +287,60 @@ def test_a_damaged_array_is_wrong(tmp_path, capsys):
     path = tmp_path / "train" / "all__inputs.npy"
     path.write_bytes(path.read_bytes()[:-1])
     code, lines = checked(capsys, tmp_path)
-    assert code == 1 and "all__inputs.npy: a complete .npy array is required" in "\n".join(lines)
+    assert code == 1 and "all__inputs.npy: a complete .npy array of" in "\n".join(lines)
+
+
+def test_one_long_row_does_not_pad_all_others(tmp_path, capsys):
+    rows = [("[MAX 1 2 ]", "2")] * 2000 + [("[MAX " + "1 " * 2000 + "]", "1")]
+    text = "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows)
+    (tmp_path / "x.jsonl").write_text(text)
+    found = error_of(capsys, "check", tmp_path / "x.jsonl")
+    assert "x.jsonl:2001: question must have at most 64 times the mean length" in found
+
+
+def test_the_kind_of_a_file_is_that_of_most_rows(tmp_path, capsys):
+    # Training names the same row, and takes the others.
+    code, lines = checked(capsys, csv(tmp_path / "x.csv", ("14", "23"), GOOD, OTHER))
+    told = "x.csv:2: question must have 16, 36 or 81 characters; got 2"
+    assert code == 1 and lines[0].startswith("x.csv: sudoku") and lines[1] == told
+
+
+@pytest.mark.parametrize("kind", ["csv", "official"])
+def test_what_the_check_takes_training_takes(tmp_path, capsys, kind):
+    def is_taken():
+        try:
+            SudokuData(path=str(tmp_path), size=4, train=0, test=0).load()
+        except (ValueError, OSError):
+            return False
+        return True
+
+    def is_right():
+        return main(["data", "check", str(tmp_path)]) == 0
+
+    write = {
+        "csv": lambda split, pair: csv(tmp_path / f"{split}.csv", pair),
+        "official": lambda split, pair: write_official(tmp_path, split, pair_set(*pair)),
+    }[kind]
+    write("train", GOOD)
+    assert not is_right() and not is_taken()  # without a test
+    write("test", OTHER)
+    assert is_right() and is_taken()
+    if kind == "csv":
+        (tmp_path / "test.jsonl").write_text((tmp_path / "test.csv").read_text())
+    else:
+        (tmp_path / "identifiers.json").write_text('["<blank>", "another"]')
+    assert not is_right() and not is_taken()
+    capsys.readouterr()
 
 
 def test_identifiers_have_to_be_as_many_as_the_data_says(tmp_path, capsys):
-    write_official(tmp_path, "train", pair_set(*GOOD))
+    for split in ("train", "test"):
+        write_official(tmp_path, split, pair_set(*GOOD))
     (tmp_path / "identifiers.json").write_text('["<blank>", "another"]')
     code, lines = checked(capsys, tmp_path)
     assert code == 1
-    assert any("identifiers.json must name 1 identifiers; got 2" in line for line in lines)
+    wanted = "identifiers.json: a name for each of the 1 identifiers of dataset.json is required"
+    assert any(f"{wanted}; got 2" in line for line in lines)
 
 
 def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
@@ -303,8 +349,10 @@ def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
         capsys, "check", tmp_path / "x.csv"
     )
     (tmp_path / "x.txt").write_text("")
-    assert "a file must end in .csv, .jsonl, .ndjson" in error_of(
+    assert "x.txt: a .csv, .jsonl or .ndjson file is required" in error_of(
         capsys, "check", tmp_path / "x.txt"
     )
     (tmp_path / "empty").mkdir()
-    assert "PATH must have train/dataset.json" in error_of(capsys, "check", tmp_path / "empty")
+    assert "either train/dataset.json and test/dataset.json are required" in error_of(
+        capsys, "check", tmp_path / "empty"
+    )

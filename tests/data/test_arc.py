@@ -368,3 +368,56 @@ def test_arc_agi_1_without_augmentations():
 def test_other_versions_are_refused():
     with pytest.raises(ValueError, match="version must be 1 or 2; got 3"):
         arc_tasks(3)
+
+
+GRID = [[0, 1], [2, 3]]
+PAIR = {"input": GRID, "output": GRID}
+
+
+SOLUTIONS = {"a": [GRID], "b": [GRID]}
+
+
+def kaggle(folder, outputs=SOLUTIONS):
+    challenges = {name: {"train": [PAIR], "test": [{"input": GRID}]} for name in ("a", "b")}
+    (folder / "arc-agi_training_challenges.json").write_text(json.dumps(challenges))
+    if outputs is not None:
+        (folder / "arc-agi_training_solutions.json").write_text(json.dumps(outputs))
+    (folder / "sample_submission.json").write_text('{"a": [{"attempt_1": [[0]]}]}')
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_files_of_kaggle_are_read_with_their_solutions(tmp_path, alone):
+    kaggle(tmp_path)
+    path = tmp_path / "arc-agi_training_challenges.json" if alone else tmp_path
+    tasks = read_arc_folder(path)
+    assert [task.name for task in tasks] == ["a", "b"]
+    assert all(task.test[0][1].tolist() == GRID for task in tasks)
+
+
+def test_without_solutions_the_outputs_are_unknown(tmp_path):
+    kaggle(tmp_path, None)
+    assert [task.test[0][1] for task in read_arc_folder(tmp_path)] == [None, None]
+
+
+def test_solutions_have_an_output_for_each_test_pair(tmp_path):
+    kaggle(tmp_path, {"a": [GRID], "b": [GRID, GRID]})
+    message = r"_solutions.json: an output for each test pair of b is required"
+    with pytest.raises(ValueError, match=message):
+        read_arc_folder(tmp_path)
+
+
+def test_tasks_of_two_files_have_names_of_their_own(tmp_path):
+    kaggle(tmp_path, None)
+    again = tmp_path / "arc-agi_test_challenges.json"
+    again.write_bytes((tmp_path / "arc-agi_training_challenges.json").read_bytes())
+    with pytest.raises(ValueError, match=r"got a, which .*arc-agi_test_challenges.json has too"):
+        read_arc_folder(tmp_path)
+
+
+def test_names_that_begin_with_a_dot_are_no_tasks(tmp_path):
+    (tmp_path / ".Trashes").mkdir()
+    for name in ("a.json", ".Trashes/b.json"):
+        # As Windows writes it, with a byte order mark.
+        (tmp_path / name).write_text(json.dumps({"train": [PAIR], "test": [PAIR]}), "utf-8-sig")
+    (tmp_path / "._a.json").write_bytes(b"\0\5\x16\7\xb0")
+    assert [task.name for task in read_arc_folder(tmp_path)] == ["a"]

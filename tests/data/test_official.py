@@ -14,6 +14,7 @@ from trm_fast.data import (
     read_test_puzzles,
     write_official,
 )
+from trm_fast.data.sources.npy import read_npy
 
 ARRAYS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices")
 
@@ -140,8 +141,8 @@ def test_a_file_cut_off_anywhere_is_refused_by_name(folder, name):
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("inputs", np.full((4, 4), np.nan), "inputs must hold integers; got float64"),
-        ("labels", np.ones((4, 4), bool), "labels must hold integers; got bool"),
+        ("inputs", np.full((4, 4), np.nan), "array of integers is required; got the type '<f8'"),
+        ("labels", np.ones((4, 4), bool), "array of integers is required; got the type '\\|b1'"),
         ("inputs", np.full((4, 4), 12), r"inputs must hold ids in \[0, 12\); got 12 in example 0"),
         ("labels", np.ones((3, 4), int), r"labels must be .* = \[4, 4\]; got \[3, 4\]"),
         ("puzzle_identifiers", np.array([1, 2, 4]), r"in \[0, 4\); got 4 in puzzle 2"),
@@ -208,3 +209,62 @@ def test_names_that_do_not_fit_are_not_written(folder, tmp_path):
     with pytest.raises(ValueError, match="sets need plain names"):
         write_official(tmp_path / "x", "train", {"a/b": data})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_of_the_builder_of_hrm_is_read(folder):
+    path = folder / "train" / "dataset.json"
+    said = json.loads(path.read_text())
+    before = read_official(folder).metadata
+    for name in ("total_puzzles", "total_groups", "mean_puzzle_examples"):
+        del said[name]
+        path.write_text(json.dumps(said), "utf-8-sig")
+        assert read_official(folder).metadata == before
+
+
+@pytest.mark.parametrize("name", ["num_puzzle_identifiers", "vocab_size", "ignore_label_id"])
+def test_ids_beyond_32_bits_are_refused(folder, name):
+    change(folder, **{name: 1 << 31})
+    with pytest.raises(ValueError, match=rf"dataset\.json: {name} must be in .*; got 2147483648"):
+        read_official(folder)
+
+
+def test_names_of_identifiers_are_as_many_as_the_metadata_says(folder):
+    (folder / "identifiers.json").write_text('["<blank>"]')
+    with pytest.raises(ValueError, match=r"a name for each of the 4 identifiers .* got 1"):
+        read_official(folder)
+
+
+HEADERS = {
+    "a lie about the size": "{'descr': '<i4', 'fortran_order': False, 'shape': (99, 4), }",
+    "a size beyond all": "{'descr': '<i4', 'fortran_order': False, 'shape': (%s, 4), }"
+    % ("9" * 18),
+    "a negative size": "{'descr': '<i4', 'fortran_order': False, 'shape': (-4, 4), }",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (4, 4), }",
+    "code": "{'descr': '<i4', 'fortran_order': False, 'shape': (4, __import__('os').getpid()), }",
+    "deep": "(" * 3000,
+    "an open string": "{'descr': '<i4",
+    "a key twice": "{'descr': '<i4', 'descr': '<i4', 'shape': (4, 4), }",
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_lies_is_refused(folder, case):
+    text = HEADERS[case].encode()
+    path = folder / "train" / "all__inputs.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text + bytes(64))
+    message = r"all__inputs\.npy: a complete \.npy array of integers is required; got "
+    with pytest.raises(ValueError, match=message) as caught:
+        read_official(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize(
+    "array", [np.ones((3, 2), ">i2"), np.ones((2, 3), "u1").T, np.ones(0, int)]
+)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_arrays_are_read_as_numpy_writes_them(tmp_path, version, array, mapped):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array(file, array, version)
+    found = read_npy(tmp_path / "a.npy", mapped=mapped)
+    assert found.dtype == array.dtype and np.array_equal(found, array)

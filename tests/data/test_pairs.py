@@ -176,3 +176,19 @@ def test_a_format_checks_itself(arguments, message):
 def test_other_endings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a \.csv, \.jsonl or \.ndjson file is required"):
         read_pairs(tmp_path / "rows.txt", "ab")
+
+
+@pytest.mark.parametrize("header", ["q,a", "question, answer", " a ,q", "\ufeffq,a"])
+def test_titles_may_be_short_and_have_blanks_around_them(tmp_path, header):
+    path = tmp_path / "x.csv"
+    pair = ("14.....1.2.....3", "1432234132144123")
+    row = pair[::-1] if header.strip().startswith("a") else pair
+    path.write_text(f"{header}\n{','.join(row)}\n", "utf-8")
+    assert read_sudoku_csv(path).inputs[0, :2].tolist() == [2, 5]
+    assert read_pairs(path, "01234.").labels[0, :2].tolist() == [2, 5]
+
+
+def test_a_title_in_both_forms_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("q,question,a\n1,1,1\n")
+    with pytest.raises(ValueError, match="the column 'question' or 'q' once; got 'q', 'question'"):
+        read_sudoku_csv(tmp_path / "x.csv")

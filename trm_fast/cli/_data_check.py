@@ -1,9 +1,10 @@
 """Reads data sets to their end, and says what is in them and what is wrong."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,27 @@ from trm_fast.cli._tables import printable
 from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.puzzles.maze import GOAL, PATH, START, WALL, shortest_path
 from trm_fast.data.puzzles.sudoku import check_sudoku
-from trm_fast.data.sources.official import read_identifiers, read_official_sets, read_test_puzzles
+from trm_fast.data.sources.official import read_official_sets, read_test_puzzles
 from trm_fast.data.sources.pairs import (
     MAZE_ALPHABET,
     SUDOKU_SIZES,
     PairFormat,
     maze_format,
+    pair_rows,
     pairs_of_rows,
     sudoku_format,
 )
-from trm_fast.data.sources.rows import Row, RowGuard, csv_rows, jsonl_rows
+from trm_fast.data.sources.rows import Row, RowGuard
+from trm_fast.data.sources.splits import SPLITS, check_alike, is_official, split_files
 from trm_fast.data.synthetic.listops import WORDS, evaluate_listops, listops_tokens
 
 Array = NDArray[Any]
 
 _SHOWN = 20  # bad rows that are listed one by one
-_CHUNK = 1 << 14  # rows that are looked at together
-_SUFFIXES = (".csv", ".jsonl", ".ndjson")
-_COLUMNS = ("question", "answer")
+_CHUNK = 1 << 14  # rows that are looked at together, fewer of long ones
+_CHUNK_TOKENS = 1 << 21
+_KIND_ROWS = 1000  # rows by which the kind of a file is told
+_PADDING = 64  # a file of ListOps may have so many tokens with padding for each without
 
 
 @dataclass
@@ -95,6 +99,12 @@ def check(path: Path) -> int:
     parts = list(_parts(path))
     for part in parts:
         _check_rules(part)
+    # Expressions of ListOps are padded to the longest of their file.
+    fixed = [part.data for part in parts if part.data is not None and part.kind != "listops"]
+    try:
+        check_alike(path, fixed)
+    except ValueError as error:
+        parts[-1].fault(str(path), str(error).removeprefix(f"{path}: "))
     repeats, first = _shared(parts)
     for part in parts:
         print(printable(f"{part.name}: {part.kind}, {'; '.join(_described(part))}"))
@@ -119,26 +129,19 @@ def _parts(path: Path) -> Iterator[_Part]:
         return
     if not path.is_dir():
         raise ValueError(f"data check: PATH must be a file or directory with data; got {path}")
-    official = [split for split in ("train", "test") if (path / split / "dataset.json").exists()]
-    if official:
-        for split in official:
+    if is_official(path):
+        for split in SPLITS:
             yield from _read_official(path, split)
         return
-    files = [path / f"{split}{suffix}" for split in ("train", "test") for suffix in _SUFFIXES]
-    found = [file for file in files if file.exists()]
-    if not found:
-        raise ValueError(
-            f"data check: PATH must have train/dataset.json, or train and test as .csv or .jsonl; "
-            f"got {path} without them"
-        )
-    yield from map(_read_rows, found)
+    yield from map(_read_rows, split_files(path).values())
 
 
 def _read_official(folder: Path, split: str) -> Iterator[_Part]:
     part = _Part(split)
     try:
         sets = read_official_sets(folder, split)
-        _check_names(folder, next(iter(sets.values())))
+        if (folder / "test_puzzles.json").exists():
+            read_test_puzzles(folder)
     except (ValueError, TypeError) as error:
         part.fault(str(folder / split), str(error))
         yield part
@@ -152,22 +155,9 @@ def _read_official(folder: Path, split: str) -> Iterator[_Part]:
         yield part
 
 
-def _check_names(folder: Path, data: PuzzleSet) -> None:
-    """Reads the files beside the splits, where they are."""
-    if (folder / "identifiers.json").exists():
-        names = read_identifiers(folder)
-        if len(names) != data.metadata.num_puzzle_identifiers:
-            raise ValueError(
-                f"identifiers.json must name {data.metadata.num_puzzle_identifiers} identifiers; "
-                f"got {len(names)}"
-            )
-    if (folder / "test_puzzles.json").exists():
-        read_test_puzzles(folder)
-
-
 def _kind_of(data: PuzzleSet) -> str:
     meta = data.metadata
-    size, labels = SUDOKU_SIZES.get(meta.seq_len), data.labels[:_CHUNK]
+    size, labels = SUDOKU_SIZES.get(meta.seq_len), data.labels[next(_chunks(data))]
     # A maze of 4 x 4 has the sizes of a Sudoku, but walls in its labels.
     if size is not None and meta.vocab_size == size + 2 and (labels > 1).all():
         return "sudoku"
@@ -178,20 +168,23 @@ def _kind_of(data: PuzzleSet) -> str:
 
 
 def _read_rows(path: Path) -> _Part:
-    """Reads a file of questions and answers; its first row decides of what kind they are."""
+    """Reads a file of questions and answers; most of its first rows decide of what kind it is."""
     part = _Part(path.name)
-    question = next((row.fields["question"] for row in _rows(path) if row.reason is None), "")
-    part.kind = _kind_of_question(question)
+    first = islice(
+        (row.fields["question"] for row in pair_rows(path) if not row.reason), _KIND_ROWS
+    )
+    kinds = Counter(map(_kind_of_question, first)).most_common(1)
+    part.kind = kinds[0][0] if kinds else "puzzles"
     guard = _Collector(part)
     try:
         if part.kind == "listops":
-            part.data = _listops(_rows(path), guard)
+            part.data = _listops(pair_rows(path), guard)
         elif part.kind == "puzzles":
             alphabet = PairFormat(_alphabet(path))
-            part.data = pairs_of_rows(_rows(path), lambda _: alphabet, guard)
+            part.data = pairs_of_rows(pair_rows(path), lambda _: alphabet, guard)
         else:
             form = sudoku_format if part.kind == "sudoku" else maze_format
-            part.data = pairs_of_rows(_rows(path), form, guard)
+            part.data = pairs_of_rows(pair_rows(path), form, guard)
     except ValueError:
         # Without any row there is nothing to say.
         if not part.bad:
@@ -199,17 +192,9 @@ def _read_rows(path: Path) -> _Part:
     counts = guard.counts
     part.rows = counts.read
     if counts.duplicated:
-        first = counts.first_duplicate
-        part.remarks.append(f"{counts.duplicated:,} repeat an earlier question ({first})")
+        place = counts.first_duplicate
+        part.remarks.append(f"{counts.duplicated:,} repeat an earlier question ({place})")
     return part
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    if path.suffix.lower() == ".csv":
-        return csv_rows(path, _COLUMNS)
-    if path.suffix.lower() in _SUFFIXES:
-        return jsonl_rows(path, dict.fromkeys(_COLUMNS, str))
-    raise ValueError(f"data check: a file must end in {', '.join(_SUFFIXES)}; got {path}")
 
 
 def _kind_of_question(question: str) -> str:
@@ -223,7 +208,7 @@ def _kind_of_question(question: str) -> str:
 
 def _alphabet(path: Path) -> str:
     letters: set[str] = set()
-    for row in _rows(path):
+    for row in pair_rows(path):
         if row.reason is None:
             letters.update(row.fields["question"], row.fields["answer"])
     return "".join(sorted(letters)) or "?"
@@ -241,7 +226,14 @@ def _listops(rows: Iterator[Row], guard: _Collector) -> PuzzleSet:
         found.append((row.fields["question"], row.fields["answer"], row.line))
     if not found:
         raise ValueError(f"{guard.name}: at least one good row is required; got none")
-    length = max(len(question.split()) for question, _, _ in found)
+    lengths = [len(question.split()) for question, _, _ in found]
+    length = max(lengths)
+    if length * len(found) > _PADDING * sum(lengths):
+        line = found[lengths.index(length)][2]
+        raise ValueError(
+            f"{guard.name}:{line}: question must have at most {_PADDING} times the mean length, as "
+            f"the others are padded to it; got {length} words"
+        )
     inputs = np.stack([listops_tokens(question, length) for question, _, _ in found])
     labels = np.zeros_like(inputs)
     labels[:, 0] = [int(answer) + 1 for _, answer, _ in found]
@@ -263,11 +255,17 @@ def _check_rules(part: _Part) -> None:
     if part.data is None or part.kind not in _RULES:
         return
     data = part.data
-    for start in range(0, len(data), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for rows in _chunks(data):
         for mask, reason in _RULES[part.kind](data.inputs[rows], data.labels[rows]):
             for place in np.flatnonzero(mask):
-                part.fault(part.source(start + int(place)), reason)
+                part.fault(part.source(rows.start + int(place)), reason)
+
+
+def _chunks(data: PuzzleSet) -> Iterator[slice]:
+    """Yields pieces of a set, so that memory holds a part of a mapped one only."""
+    size = max(1, min(_CHUNK, _CHUNK_TOKENS // max(1, data.metadata.seq_len)))
+    for start in range(0, len(data), size):
+        yield slice(start, min(start + size, len(data)))
 
 
 def _sudoku_faults(inputs: Array, labels: Array) -> Iterator[tuple[Array, str]]:
@@ -313,21 +311,20 @@ def _sizes(part: _Part) -> list[str]:
     if part.data is None:
         return []
     data, meta = part.data, part.data.metadata
-    used = np.zeros(meta.vocab_size, bool)
+    used: set[int] = set()
     lengths, blanks = [], []
-    for start in range(0, len(data), _CHUNK):
-        inputs, labels = (a[start : start + _CHUNK] for a in (data.inputs, data.labels))
+    for rows in _chunks(data):
+        inputs, labels = data.inputs[rows], data.labels[rows]
         for tokens in (inputs, labels):
-            found = np.unique(tokens)
-            used[found[(found >= 0) & (found < meta.vocab_size)]] = True
+            used.update(np.unique(tokens).tolist())
         lengths.append((inputs != meta.pad_id).sum(axis=1))
         blanks.append((inputs > 1).sum(axis=1))
-    used[meta.pad_id] = False
+    used = {token for token in used if 0 <= token < meta.vocab_size and token != meta.pad_id}
     shown = [f"{meta.seq_len:,} tokens each"]
     longest = np.concatenate(lengths)
     if longest.min() < meta.seq_len:
         shown.append(f"{longest.min()} to {longest.max()} without padding")
-    shown.append(f"vocabulary {meta.vocab_size:,}, of which {int(used.sum())} and padding are used")
+    shown.append(f"vocabulary {meta.vocab_size:,}, of which {len(used)} and padding are used")
     if part.kind == "sudoku":
         clues = np.concatenate(blanks)
         shown.append(f"{clues.min()} to {clues.max()} clues")
@@ -357,8 +354,8 @@ def _keys(part: _Part) -> Iterator[tuple[int, bytes]]:
     if data is None:
         return
     pad = data.metadata.pad_id
-    for start in range(0, len(data), _CHUNK):
-        rows = np.arange(start, min(start + _CHUNK, len(data)))
+    for piece in _chunks(data):
+        rows = np.arange(piece.start, piece.stop)
         own = data.puzzle_identifiers[data.puzzle_of(rows)].astype(np.int32)
         inputs = np.ascontiguousarray(data.inputs[rows], dtype=np.int32)
         for place, identifier, tokens in zip(rows.tolist(), own.tolist(), inputs, strict=True):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trm_fast._json import load_object
+from trm_fast._json import read_object
 
 
 def runs_in(who: str, directory: Path) -> list[Path]:
@@ -16,7 +16,7 @@ def runs_in(who: str, directory: Path) -> list[Path]:
     path = directory / "run.json"
     if not path.is_file():
         return [directory]
-    described = load_object(path.read_bytes(), f"{path}:")
+    described = read_object(path)
     if "runs" not in described:
         return [directory]
     found = [directory / name for name in _names(path, described["runs"])]

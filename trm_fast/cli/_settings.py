@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
-from trm_fast._json import check_depth, load_object
+from trm_fast._json import check_depth, read_object
 from trm_fast.cli import suggest
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError, OSError: it is not there, or holds something else.
     """
     try:
-        return load_object(path.read_bytes(), f"{path}:")
+        return read_object(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: must be there, as in every run; got no such file") from None
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trm_fast._json import load_object
+from trm_fast._json import read_object
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import directory_of, leaves, replaced, to_json
@@ -64,7 +64,7 @@ _TAKEN = (*FILES, "run.json", "ckpt")
 def _clear(directory: RunDirectory) -> None:
     """Removes the runs of a whole, and a run that lies in their place."""
     path = directory.path / "run.json"
-    said = load_object(path.read_bytes(), f"{path}:") if path.exists() else {}
+    said = read_object(path) if path.exists() else {}
     for name in said.get("runs", ()):
         if isinstance(name, str) and _NAME.fullmatch(name) and (directory.path / name).is_dir():
             with RunDirectory(directory.path / name, files=("run.json",)) as run:

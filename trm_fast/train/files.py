@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trm_fast._files import kind_of, read_file
+
 TEMPORARY = ".tmp-"  # names of unfinished files start so; after a crash they can be deleted
 # Small tensors are written together: one call per tensor would cost more than its bytes.
 BLOCK = 1 << 20
@@ -131,14 +133,8 @@ def file_size(path: Path) -> int:
     except FileNotFoundError:
         raise ValueError(f"{path.name} must exist; got no such file") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{path.name} must be a regular file; got {_kind(status.st_mode)}")
+        raise ValueError(f"{path.name} must be a regular file; got {kind_of(status.st_mode)}")
     return status.st_size
-
-
-def _kind(mode: int) -> str:
-    return {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory"}.get(
-        stat.S_IFMT(mode), "a special file"
-    )
 
 
 def read(path: Path, limit: int) -> bytes:
@@ -150,10 +146,8 @@ def read(path: Path, limit: int) -> bytes:
     size = file_size(path)
     if size > limit:
         raise ValueError(f"{path.name} must have at most {limit} bytes; got {size}")
-    # For what may have come into its place since: no link, and a pipe does not block.
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        return file.read(size)
+    # Looked at once more, for what may have come into its place since.
+    return read_file(path, limit, links=False)
 
 
 def sha256(data: bytes) -> str:

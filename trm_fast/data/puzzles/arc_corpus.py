@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from os import PathLike
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trm_fast._json import loads
+from trm_fast import _json
+from trm_fast._files import is_hidden
 from trm_fast.data.puzzles.arc_grids import COLOURS, SEPARATOR, SIDE
 from trm_fast.data.puzzles.puzzle_set import Array
 
@@ -56,7 +57,7 @@ class ArcTask:
         Raises:
             ValueError: it is no task.
         """
-        parts = [_pairs(name, part, task) for part in ("train", "test")]
+        parts = [pairs_of(name, part, task) for part in ("train", "test")]
         return cls(name, *parts)
 
     def to_lists(self) -> dict[str, list[dict[str, Any]]]:
@@ -64,7 +65,17 @@ class ArcTask:
         return {"train": _lists(self.train), "test": _lists(self.test)}
 
 
-def _pairs(name: str, part: str, task: Any) -> tuple[Pair, ...]:
+def pairs_of(name: str, part: str, task: Any) -> tuple[Pair, ...]:
+    """Returns the pairs of a task as its JSON file has it.
+
+    Args:
+        name: of the task, for messages.
+        part: "train" or "test".
+        task: what the file says.
+
+    Raises:
+        ValueError: they are no list of pairs of grids.
+    """
     pairs = task.get(part) if isinstance(task, dict) else None
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         raise ValueError(f"ArcTask: {name} must have the list '{part}' of pairs")
@@ -127,26 +138,79 @@ def arc_tasks(version: int = 1) -> tuple[list[ArcTask], list[ArcTask]]:
 
 
 def read_arc_folder(folder: str | PathLike[str]) -> list[ArcTask]:
-    """Reads every ``*.json`` task below a folder, as ConceptARC or one's own tasks.
+    """Reads the ``*.json`` tasks below a folder, as ConceptARC or one's own tasks.
+
+    A file holds one task, and the name of the task is the path of its file below the folder,
+    without the ending; or it holds tasks by name, as the files of ARC Prize on Kaggle:
+    ``<set>_challenges.json`` and, with the outputs of the test pairs, ``<set>_solutions.json``.
+    Beside a file of challenges only such files are read. Names that begin with "." are no data.
 
     Args:
-        folder: files have {"train": [{"input", "output"}, ...], "test": [...]}; the name of a task
-            is the path of its file below the folder, without the ending.
+        folder: with the files, or one file.
 
     Raises:
         OSError: the folder or a file cannot be read.
-        ValueError: a file is no task, or there is none.
+        ValueError: a file holds no task, two tasks share a name, or there is none.
     """
     home = Path(folder)
-    paths = sorted(home.rglob("*.json"))
-    if not paths:
+    files = [home] if home.is_file() else _task_files(home)
+    if not files:
         raise ValueError(f"{home}: at least one .json task is required; got none")
-    return [_read_task(path, path.relative_to(home).with_suffix("").as_posix()) for path in paths]
+    found: dict[str, tuple[Path, ArcTask]] = {}
+    for path in files:
+        inside = path.name if path == home else path.relative_to(home).as_posix()
+        for task in _read_tasks(path, inside.removesuffix(".json")):
+            if task.name in found:
+                raise ValueError(
+                    f"{path}: every task must have a name of its own; got {task.name}, which "
+                    f"{found[task.name][0]} has too: read one of these files"
+                )
+            found[task.name] = path, task
+    return [task for _, task in found.values()]
 
 
-def _read_task(path: Path, name: str) -> ArcTask:
-    found = loads(path.read_bytes(), f"{path}:")
-    try:
-        return ArcTask.of_lists(name, found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+_CHALLENGES, _SOLUTIONS = "_challenges.json", "_solutions.json"
+
+
+def _task_files(home: Path) -> list[Path]:
+    every = sorted(p for p in home.rglob("*.json") if not is_hidden(p.relative_to(home)))
+    kaggle = {path.parent for path in every if path.name.endswith(_CHALLENGES)}
+    return [p for p in every if p.parent not in kaggle or p.name.endswith(_CHALLENGES)]
+
+
+def _read_tasks(path: Path, name: str) -> Iterator[ArcTask]:
+    found = _json.read(path)
+    # A task that is none is told of as such, unless the file looks like several.
+    many = isinstance(found, dict) and found and not {"train", "test"} & found.keys()
+    if many and not all(isinstance(task, dict) and "train" in task for task in found.values()):
+        raise ValueError(
+            f"{path}: one task with 'train' and 'test', or an object of tasks by name, is "
+            f"required; got an object of other things"
+        )
+    tasks = _solved(path, found) if many else {name: found}
+    for each, task in tasks.items():
+        try:
+            yield ArcTask.of_lists(each, task)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _solved(path: Path, tasks: dict[str, Any]) -> dict[str, Any]:
+    """Puts the outputs of Kaggle's file of solutions, if there is one, into the test pairs."""
+    if not path.name.endswith(_CHALLENGES):
+        return tasks
+    beside = path.with_name(path.name.removesuffix(_CHALLENGES) + _SOLUTIONS)
+    if not beside.exists():
+        return tasks
+    solutions = _json.read_object(beside)
+    return {name: _with_outputs(beside, name, task, solutions) for name, task in tasks.items()}
+
+
+def _with_outputs(path: Path, name: str, task: Any, solutions: dict[str, Any]) -> Any:
+    pairs, outputs = task.get("test"), solutions.get(name)
+    if not isinstance(pairs, list) or not isinstance(outputs, list) or len(pairs) != len(outputs):
+        raise ValueError(f"{path}: an output for each test pair of {name} is required")
+    if not all(isinstance(pair, dict) for pair in pairs):
+        return task  # which is then refused
+    test = [{**pair, "output": output} for pair, output in zip(pairs, outputs, strict=True)]
+    return {**task, "test": test}

@@ -24,14 +24,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from trm_fast._json import load_object, loads
+from trm_fast import _json
+from trm_fast._json import read_object
 from trm_fast.data.puzzles import PuzzleMetadata, PuzzleSet
+from trm_fast.data.puzzles.arc_corpus import pairs_of
 from trm_fast.data.puzzles.merging import concatenate
 from trm_fast.data.puzzles.puzzle_set import Array
+from trm_fast.data.sources.npy import read_npy
 
 MAPPED = ("inputs", "labels")
 INDICES = ("puzzle_identifiers", "puzzle_indices", "group_indices")
-_OPTIONAL = {"pad_id", "ignore_label_id", "blank_identifier_id"}
+# What HRM's builder does not write, or what the arrays say anyway, may be missing.
+_SPECIAL = {"pad_id", "ignore_label_id", "blank_identifier_id"}
+_COUNTED = {"total_groups", "total_puzzles", "mean_puzzle_examples"}
+_IDS = 1 << 31  # ids are int32 in every file of the official code
 
 
 def read_official(folder: str | PathLike[str], split: str = "train") -> PuzzleSet:
@@ -63,33 +69,49 @@ def read_official_sets(folder: str | PathLike[str], split: str = "train") -> dic
     """Reads one split, each of its sets by itself; see ``read_official``.
 
     Totals are counted from the arrays: the official Sudoku builder writes the number of groups
-    for the number of puzzles, so that ``total_puzzles`` and the mean are not compared.
+    for the number of puzzles, and HRM's builder no number of puzzles, so that ``total_puzzles`` and
+    the mean are not compared. Where ``identifiers.json`` is there, it must name all identifiers.
 
     Raises:
         OSError, ValueError, TypeError: as ``read_official``.
     """
     home = Path(folder) / split
-    metadata = _read_metadata(home / "dataset.json")
+    metadata, said = _read_metadata(home / "dataset.json")
+    _check_identifiers(Path(folder), metadata)
     sets = {name: _read_set(home, name, metadata) for name in metadata.sets}
     groups = sum(data.metadata.total_groups for data in sets.values())
-    if groups != metadata.total_groups:
+    if said.get("total_groups", groups) != groups:
         raise ValueError(
             f"{home}: total_groups of dataset.json must be {groups} as the arrays say; "
-            f"got {metadata.total_groups}"
+            f"got {said['total_groups']}"
         )
     return sets
 
 
-def _read_metadata(path: Path) -> PuzzleMetadata:
-    found = load_object(path.read_bytes(), f"{path}:")
+def _check_identifiers(folder: Path, metadata: PuzzleMetadata) -> None:
+    path = folder / "identifiers.json"
+    if not path.exists():
+        return
+    wanted, found = metadata.num_puzzle_identifiers, len(read_identifiers(folder))
+    if found != wanted:
+        raise ValueError(
+            f"{path}: a name for each of the {wanted} identifiers of dataset.json is required; "
+            f"got {found}"
+        )
+
+
+def _read_metadata(path: Path) -> tuple[PuzzleMetadata, dict[str, Any]]:
+    """Returns what dataset.json says; numbers that are counted later stand as 0 at first."""
+    found = read_object(path)
     names = {field.name for field in fields(PuzzleMetadata)}
-    missing, unknown = names - _OPTIONAL - found.keys(), found.keys() - names
+    missing, unknown = names - _SPECIAL - _COUNTED - found.keys(), found.keys() - names
     if missing or unknown:
         wrong = f"{sorted(missing)} missing" if missing else f"{sorted(unknown)} unknown"
         raise ValueError(f"{path}: the fields of the official dataset.json are required; {wrong}")
     for name, value in found.items():
         _check_field(path, name, value)
-    return PuzzleMetadata(**{**found, "sets": tuple(found["sets"])})
+    counted = dict.fromkeys(_COUNTED, 0)
+    return PuzzleMetadata(**{**counted, **found, "sets": tuple(found["sets"])}), found
 
 
 def _check_field(path: Path, name: str, value: Any) -> None:
@@ -105,14 +127,17 @@ def _check_field(path: Path, name: str, value: Any) -> None:
         return
     else:
         good, wanted = type(value) is int, "an integer"
+        least = -_IDS if name == "ignore_label_id" else 0
+        if type(value) is int and not least <= value < _IDS:
+            raise ValueError(f"{path}: {name} must be in [{least}, {_IDS}); got {value}")
     if not good:
         raise ValueError(f"{path}: {name} must be {wanted}; got {type(value).__name__}")
 
 
 def _read_set(home: Path, name: str, metadata: PuzzleMetadata) -> PuzzleSet:
-    inputs, labels = (_load(home / f"{name}__{field}.npy", "r") for field in MAPPED)
+    inputs, labels = (read_npy(home / f"{name}__{field}.npy", mapped=True) for field in MAPPED)
     own_ids, puzzle_indices, group_indices = (
-        _load(home / f"{name}__{field}.npy", None) for field in INDICES
+        read_npy(home / f"{name}__{field}.npy") for field in INDICES
     )
     puzzles = len(puzzle_indices) - 1
     own = replace(
@@ -128,17 +153,6 @@ def _read_set(home: Path, name: str, metadata: PuzzleMetadata) -> PuzzleSet:
         raise type(error)(f"{home} ({name}): {error}") from None
 
 
-def _load(path: Path, mmap_mode: Any) -> Array:
-    try:
-        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: a complete .npy array is required; got {reason}") from None
-    if not isinstance(array, np.ndarray) or array.ndim == 0:
-        raise ValueError(f"{path}: a .npy array is required; got something else")
-    return array
-
-
 def read_identifiers(folder: str | PathLike[str]) -> list[str]:
     """Reads the name of each puzzle identifier from ``identifiers.json``.
 
@@ -147,7 +161,7 @@ def read_identifiers(folder: str | PathLike[str]) -> list[str]:
         ValueError: it is no JSON list of strings.
     """
     path = Path(folder) / "identifiers.json"
-    names = loads(path.read_bytes(), f"{path}:")
+    names = _json.read(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: a list of strings is required; got {type(names).__name__}")
     return names
@@ -161,10 +175,12 @@ def read_test_puzzles(folder: str | PathLike[str]) -> dict[str, Any]:
         ValueError: it is no JSON object of tasks.
     """
     path = Path(folder) / "test_puzzles.json"
-    found = load_object(path.read_bytes(), f"{path}:")
-    tasks = found.values()
-    if not all(isinstance(task, dict) and isinstance(task.get("test"), list) for task in tasks):
-        raise ValueError(f"{path}: an object of tasks, each with a list 'test', is required")
+    found = read_object(path)
+    for name, task in found.items():
+        try:
+            pairs_of(name, "test", task)
+        except ValueError as error:
+            raise ValueError(f"{path}: an object of tasks is required; {error}") from None
     return found
 
 
@@ -215,7 +231,7 @@ def write_official(
 
 def _joint_metadata(parts: Mapping[str, PuzzleSet]) -> PuzzleMetadata:
     every = [data.metadata for data in parts.values()]
-    kept = ("vocab_size", "seq_len", "num_puzzle_identifiers", *sorted(_OPTIONAL))
+    kept = ("vocab_size", "seq_len", "num_puzzle_identifiers", *sorted(_SPECIAL))
     for name in kept:
         values = [getattr(one, name) for one in every]
         if len({*values}) > 1:

@@ -31,6 +31,9 @@ from trm_fast.data.sources.rows import (
     jsonl_rows,
 )
 
+SUFFIXES = (".csv", ".jsonl", ".ndjson")
+# Titles that the header of a CSV file may have instead.
+SHORT = {"question": "q", "answer": "a"}
 SUDOKU_SIZES = {16: 4, 36: 6, 81: 9}
 MAZE_ALPHABET = "# SGo"
 _CHUNK = 4096  # rows that are checked at once
@@ -254,7 +257,8 @@ def read_pairs(
         path: the file; other columns or fields are left alone.
         alphabet: the characters, or a ``PairFormat``, which can also require that answers repeat
             the givens of their question.
-        question, answer: names of the two columns or fields.
+        question, answer: names of the two columns or fields; a CSV file may call columns of the
+            default names "q" and "a".
         length: characters of every question and answer; by default those of the first row.
         on_bad, bad_rows, max_bad_fraction, max_line_bytes: see ``trm_fast.data.read_jsonl``.
         counts: filled in; says what became of the rows and how many questions come twice.
@@ -267,23 +271,36 @@ def read_pairs(
         ValueError: "file:line: reason" of a bad row, too many of them, or none that is good.
     """
     form = alphabet if isinstance(alphabet, PairFormat) else PairFormat(alphabet)
-    name = fspath(path)
-    suffix = name.lower().rpartition(".")[2]
-    if suffix == "csv":
-        rows = csv_rows(path, (question, answer), max_line_bytes=max_line_bytes)
-    elif suffix in ("jsonl", "ndjson"):
-        fields: dict[str, Any] = {question: str, answer: str}
-        rows = jsonl_rows(path, fields, max_line_bytes=max_line_bytes)
-    else:
-        raise ValueError(f"{name}: a .csv, .jsonl or .ndjson file is required")
 
     def format_of(found: int) -> PairFormat | str:
         if found == (length or found) and found:
             return form
         return f"question must have {length or 'some'} characters; got {found}"
 
-    guard = RowGuard(name, on_bad, bad_rows, max_bad_fraction, counts)
+    rows = pair_rows(path, question, answer, max_line_bytes=max_line_bytes)
+    guard = RowGuard(fspath(path), on_bad, bad_rows, max_bad_fraction, counts)
     return pairs_of_rows(rows, format_of, guard, question=question, answer=answer)
+
+
+def pair_rows(
+    path: Path,
+    question: str = "question",
+    answer: str = "answer",
+    *,
+    max_line_bytes: int = MAX_LINE_BYTES,
+) -> Iterator[Row]:
+    """Yields the rows of a .csv, .jsonl or .ndjson file of questions and answers, good or bad.
+
+    Raises:
+        OSError, ValueError: as ``csv_rows`` and ``jsonl_rows``, or the name ends otherwise.
+    """
+    name = fspath(path).lower()
+    if not name.endswith(SUFFIXES):
+        raise ValueError(f"{fspath(path)}: a .csv, .jsonl or .ndjson file is required")
+    if name.endswith(".csv"):
+        return csv_rows(path, (question, answer), aliases=SHORT, max_line_bytes=max_line_bytes)
+    fields: dict[str, Any] = {question: str, answer: str}
+    return jsonl_rows(path, fields, max_line_bytes=max_line_bytes)
 
 
 def read_sudoku_csv(
@@ -296,7 +313,8 @@ def read_sudoku_csv(
     counts: RowCounts | None = None,
     name: str | None = None,
 ) -> PuzzleSet:
-    """Reads Sudokus of 16, 36 or 81 cells from a CSV file with the columns question and answer.
+    """Reads Sudokus of 16, 36 or 81 cells from a CSV file with the columns question and answer,
+    or q and a.
 
     Blank cells are '0' or '.'; an answer has digits only and repeats the givens. Whether it obeys
     the rules of Sudoku is not checked.
@@ -312,7 +330,7 @@ def read_sudoku_csv(
     Raises:
         OSError, ValueError: as ``read_pairs``.
     """
-    rows = csv_rows(path, ("question", "answer"), max_line_bytes=max_line_bytes)
+    rows = csv_rows(path, ("question", "answer"), aliases=SHORT, max_line_bytes=max_line_bytes)
     guard = RowGuard(name or fspath(path), on_bad, bad_rows, max_bad_fraction, counts)
     return pairs_of_rows(rows, sudoku_format, guard)
 
@@ -327,7 +345,7 @@ def read_maze_csv(
     counts: RowCounts | None = None,
     name: str | None = None,
 ) -> PuzzleSet:
-    """Reads square mazes from a CSV file with the columns question and answer.
+    """Reads square mazes from a CSV file with the columns question and answer, or q and a.
 
     An answer repeats the walls '#', start 'S' and goal 'G' of its question and marks the path with
     'o' in free cells ' '.
@@ -343,6 +361,6 @@ def read_maze_csv(
     Raises:
         OSError, ValueError: as ``read_pairs``.
     """
-    rows = csv_rows(path, ("question", "answer"), max_line_bytes=max_line_bytes)
+    rows = csv_rows(path, ("question", "answer"), aliases=SHORT, max_line_bytes=max_line_bytes)
     guard = RowGuard(name or fspath(path), on_bad, bad_rows, max_bad_fraction, counts)
     return pairs_of_rows(rows, maze_format, guard)

@@ -16,6 +16,7 @@ from io import BufferedReader
 from os import PathLike, fspath
 from typing import Any, Literal, NamedTuple, TextIO
 
+from trm_fast._files import open_file
 from trm_fast._json import load_object
 
 OnBad = Literal["error", "quarantine"]
@@ -131,7 +132,7 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, str | 
     """Physical lines without their ends, from 1 on, each with the reason why it is bad, if any."""
     if max_line_bytes < 1:
         raise ValueError(f"max_line_bytes must be >= 1; got {max_line_bytes}")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         _check_start(path, file.peek(4)[:4])
         if file.peek(3).startswith(_BOM):
             file.read(len(_BOM))
@@ -190,28 +191,11 @@ def jsonl_rows(
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    found = load_object(
-        text,
-        "a row",
-        parse_constant=_no_constant,
-        parse_float=_finite,
-        object_pairs_hook=_without_duplicates,
-    )
+    found = load_object(text, "a row", object_pairs_hook=_without_duplicates)
     # Surrogates come in as escapes only; written out once more, those without a partner fail.
     if "\\ud" in text.lower() and not _encodable(json.dumps(found, ensure_ascii=False)):
         raise ValueError("a row must be JSON; got a lone surrogate")
     return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError("a number that is too large")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -261,9 +245,13 @@ def csv_rows(
     columns: Sequence[str],
     optional: Sequence[str] = (),
     *,
+    aliases: Mapping[str, str] | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Row]:
-    """Yields every row of a CSV file after its header, good or bad; see ``read_csv``."""
+    """Yields every row of a CSV file after its header, good or bad; see ``read_csv``.
+
+    ``aliases`` has another title for some of the columns, by which the header may call them.
+    """
     lines = _lines(path, max_line_bytes)
     name = fspath(path)
     header = next(lines, None)
@@ -274,13 +262,7 @@ def csv_rows(
         titles = _csv_fields(_decode(header[1]))
     except ValueError as error:
         raise ValueError(f"{name}:1: {error}") from None
-    for column in columns:
-        if titles.count(column) != 1:
-            raise ValueError(
-                f"{name}:1: the header must have the column '{column}' once; got it "
-                f"{titles.count(column)} times"
-            )
-    wanted = [(title, titles.index(title)) for title in (*columns, *optional) if title in titles]
+    wanted = _places(titles, columns, optional, aliases or {}, f"{name}:1")
     for number, line, reason in lines:
         found: dict[str, Any] = {}
         if reason is None:
@@ -289,6 +271,29 @@ def csv_rows(
             except ValueError as error:
                 reason = str(error)
         yield Row(number, found, reason, line)
+
+
+def _places(
+    titles: list[str],
+    columns: Sequence[str],
+    optional: Sequence[str],
+    aliases: Mapping[str, str],
+    where: str,
+) -> list[tuple[str, int]]:
+    """Returns the place of each wanted column in a header; blanks around titles do not count."""
+    bare = [title.strip() for title in titles]
+    shown = ", ".join(map(repr, titles))
+    found = []
+    for column in (*columns, *optional):
+        names = [name for name in (column, aliases.get(column)) if name is not None]
+        places = [i for i, title in enumerate(bare) if title in {name.strip() for name in names}]
+        if len(places) > 1 or (column in columns and not places):
+            either = " or ".join(f"'{name}'" for name in names)
+            raise ValueError(
+                f"{where}: the header must have the column {either} once; got {shown[:200]}"
+            )
+        found += [(column, place) for place in places]
+    return found
 
 
 def _csv_row(text: str, wanted: list[tuple[str, int]], count: int) -> dict[str, Any]:
@@ -349,6 +354,7 @@ def read_csv(
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Rows:
     """Reads comma-separated rows below a header; values are strings, blanks in them are kept.
+    Blanks around the titles of the header do not count.
 
     A row is bad if it is blank, longer than allowed, not UTF-8, has a NUL, an unbalanced quote, or
     another number of columns than the header. Quoted line breaks are unbalanced quotes here.
@@ -361,8 +367,8 @@ def read_csv(
 
     Raises:
         OSError: the file cannot be read, or ``bad_rows`` not written.
-        ValueError: "file:line: reason" of a bad row, too many of them, a column is missing, or the
-            file is no text.
+        ValueError: "file:line: reason" of a bad row, too many of them, a column is missing or there
+            twice, or the file is no text.
     """
     rows = csv_rows(path, columns, optional, max_line_bytes=max_line_bytes)
     return collect(rows, RowGuard(fspath(path), on_bad, bad_rows, max_bad_fraction))

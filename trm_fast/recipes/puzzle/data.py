@@ -15,7 +15,15 @@ from trm_fast.data.puzzles.puzzle_batches import Augment
 from trm_fast.data.puzzles.sudoku import SudokuAugment, generate_sudoku, sudoku_tokens
 from trm_fast.data.sources.hub import load_hub
 from trm_fast.data.sources.official import read_identifiers, read_official, read_test_puzzles
-from trm_fast.data.sources.pairs import read_maze_csv, read_sudoku_csv
+from trm_fast.data.sources.pairs import (
+    FormatOf,
+    maze_format,
+    pair_rows,
+    pairs_of_rows,
+    sudoku_format,
+)
+from trm_fast.data.sources.rows import RowGuard
+from trm_fast.data.sources.splits import SPLITS, check_alike, is_official, split_files
 
 
 class Splits(NamedTuple):
@@ -40,7 +48,8 @@ class SudokuData:
 
     Args:
         path: nothing makes puzzles; a directory in the official layout, a directory with train.csv
-            and test.csv, or "hub" for Sudoku-Extreme in the local cache of Hugging Face datasets.
+            and test.csv (or .jsonl), or "hub" for Sudoku-Extreme in the local cache of Hugging
+            Face datasets.
         size: 4, 6 or 9; from files it has to be theirs.
         clues: least and most clues of the puzzles that are made.
         difficulty: deepest nesting of guesses that a made puzzle may need; 0 for singles only, -1
@@ -68,7 +77,7 @@ class SudokuData:
         """
         _check_counts(self)
         if self.path:
-            train, test = _read(self.path, "sapientinc/sudoku-extreme", read_sudoku_csv)
+            train, test = _read(self.path, "sapientinc/sudoku-extreme", sudoku_format)
             found = round(train.metadata.seq_len**0.5)
             if found != self.size:
                 raise ValueError(f"data: size must be {found} as in {self.path}; got {self.size}")
@@ -89,7 +98,8 @@ class MazeData:
 
     Args:
         path: nothing makes mazes; a directory in the official layout, a directory with train.csv
-            and test.csv, or "hub" for Maze-Hard in the local cache of Hugging Face datasets.
+            and test.csv (or .jsonl), or "hub" for Maze-Hard in the local cache of Hugging Face
+            datasets.
         height: rows of cells; from files it has to be theirs.
         width: columns of cells; likewise.
         min_path: least length of the path in mazes that are made, in cells.
@@ -118,7 +128,7 @@ class MazeData:
         """
         _check_counts(self)
         if self.path:
-            train, test = _read(self.path, "sapientinc/maze-30x30-hard-1k", read_maze_csv)
+            train, test = _read(self.path, "sapientinc/maze-30x30-hard-1k", maze_format)
             if train.metadata.seq_len != self.height * self.width:
                 raise ValueError(
                     f"data: height x width must be {train.metadata.seq_len} as in {self.path}; "
@@ -201,15 +211,22 @@ def _split(
     )
 
 
-def _read(path: str, hub: str, read_csv: Any) -> tuple[PuzzleSet, PuzzleSet]:
+def _read(path: str, hub: str, format_of: FormatOf) -> tuple[PuzzleSet, PuzzleSet]:
     if path == "hub":
         return _of_hub(hub, "train"), _of_hub(hub, "test")
     folder = Path(path)
-    if (folder / "train" / "dataset.json").is_file():
-        return read_official(folder, "train"), read_official(folder, "test")
     if not folder.is_dir():
         raise ValueError(f"data: path must be a directory with data, or 'hub'; got {path!r}")
-    return read_csv(folder / "train.csv"), read_csv(folder / "test.csv")
+    if is_official(folder):
+        train, test = (read_official(folder, split) for split in SPLITS)
+    else:
+        files = split_files(folder)
+        train, test = (
+            pairs_of_rows(pair_rows(files[split]), format_of, RowGuard(str(files[split])))
+            for split in SPLITS
+        )
+    check_alike(folder, (train, test))
+    return train, test
 
 
 def _of_hub(repository: str, split: str) -> PuzzleSet:
