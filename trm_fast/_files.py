@@ -8,8 +8,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 AnyPath = str | os.PathLike[str]
 
@@ -29,7 +29,7 @@ def kind_of(mode: int) -> str:
 
 
 @contextmanager
-def open_file(path: AnyPath, *, links: bool = True) -> Iterator[BinaryIO]:
+def open_file(path: AnyPath, *, links: bool = True) -> Iterator[BufferedReader]:
     """Opens an ordinary file for reading in binary, for a ``with`` block.
 
     Args:

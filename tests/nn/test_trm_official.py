@@ -9,6 +9,7 @@ from trm_fast.nn import CONFIGS, TinyRecursiveModel
 from .checks import batch_of, make, make_plain, small
 
 PREFIXES = ("_orig_mod.model.inner.", "model.inner.", "")
+WRAPPED = ("module.", "module._orig_mod.model.inner.", "_orig_mod.module.model.inner.")
 LAYER = "L_level.layers.1.mlp.gate_up_proj.weight"
 
 
@@ -23,7 +24,7 @@ def same(model: TinyRecursiveModel, other: TinyRecursiveModel) -> bool:
     return all(a == b and torch.equal(one, two) for (a, one), (b, two) in pairs)
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", PREFIXES + WRAPPED)
 @pytest.mark.parametrize("mixer", ["attention", "mlp_t"])
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_checkpoint_is_loaded_with_any_prefix(prefix, mixer, as_file, tmp_path):
@@ -182,3 +183,32 @@ def test_loading_keeps_the_parameters_that_an_optimizer_has():
     model.load_official(official(small()))
     assert before == {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_average_of_torch_is_loaded(tmp_path):
+    config = small()
+    twin = torch.optim.swa_utils.AveragedModel(make_plain(make(config)))
+    model = make(config, seed=9)
+    model.load_official(twin.state_dict())
+    assert same(model, make(config))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(4).to_sparse(), "must be a dense tensor of real numbers"),
+        (torch.zeros(4, dtype=torch.complex64), "must be a dense tensor of real numbers"),
+        (torch.zeros(4, device="meta"), "must be a dense tensor of real numbers"),
+        ([1.0], "must be a tensor; got list"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused_by_name(value, message):
+    state = official(small(), "") | {LAYER: value}
+    with pytest.raises(ValueError, match=f"load_official: {LAYER} {message}"):
+        make(small()).load_official(state)
+
+
+def test_names_alone_do_not_make_layers():
+    state = official(small(), "") | {"L_level.layers.7.x": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.down_proj\.weight must be a matrix"):
+        TinyRecursiveModel.from_official(state, small())

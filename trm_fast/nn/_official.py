@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trm_fast._pt import load_pt
 from trm_fast.nn._config import CONFIGS, TRMConfig, config_of
 
-_PREFIXES = ("_orig_mod.", "model.", "inner.")
+# Of torch.compile, of DDP and averages of the weights, and of the official classes; in any order.
+_PREFIXES = ("_orig_mod.", "module.", "model.", "inner.")
+_AVERAGES = "n_averaged"  # how many torch's AveragedModel has taken
 _TABLE = "puzzle_emb.weights"
 _NAMES = {
     "H_init": "y_init",
@@ -51,23 +54,36 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor
     """Returns the state dict of a checkpoint, without the prefixes of its names.
 
     Raises:
-        ValueError: two names differ in their prefix only, or something is no tensor.
+        OSError: the file cannot be read.
+        ValueError: it is no file of tensors, two names differ in their prefix only, or something is
+            no dense tensor of real numbers.
     """
-    if isinstance(source, Mapping):
-        given = source
-    else:
-        given = torch.load(source, map_location="cpu", weights_only=True)
+    given = source if isinstance(source, Mapping) else load_pt(source)
+    if not isinstance(given, Mapping):
+        raise _error(f"the checkpoint must be a state dict; got {type(given).__name__}")
     state: dict[str, Tensor] = {}
     for name, value in given.items():
-        bare = name
-        for prefix in _PREFIXES:
-            bare = bare.removeprefix(prefix)
+        bare = _bare(name)
         if bare in state:
             raise _error(f"{bare} must be there once; got it with several prefixes")
         if not isinstance(value, Tensor):
             raise _error(f"{name} must be a tensor; got {type(value).__name__}")
-        state[bare] = value
+        if value.layout != torch.strided or value.is_complex() or value.is_meta:
+            raise _error(
+                f"{name} must be a dense tensor of real numbers; got {value.dtype} in "
+                f"{value.layout} on {value.device}"
+            )
+        if bare != _AVERAGES:
+            state[bare] = value
     return state
+
+
+def _bare(name: object) -> str:
+    if not isinstance(name, str):
+        raise _error(f"the checkpoint must have names that are strings; got {name!r:.80}")
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def config_from(state: Mapping[str, Tensor], config: TRMConfig | str | None) -> TRMConfig:
@@ -84,6 +100,9 @@ def config_from(state: Mapping[str, Tensor], config: TRMConfig | str | None) -> 
     config = config_of(config, {})
     layers = {name.split(".")[2] for name in shapes if name.startswith("L_level.layers.")}
     sizes: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": width, "mlp_t": mlp_t}
+    # Else a few names could ask for any number of layers.
+    for layer in range(len(layers)):
+        _shape(shapes, f"L_level.layers.{layer}.mlp.down_proj.weight")
     sizes["L_layers"] = max(len(layers), 1)
     sizes["puzzle_emb_ndim"] = 0
     if _TABLE in shapes:

@@ -251,13 +251,16 @@ class TinyRecursiveModel(nn.Module):
         """Loads a checkpoint of the official code; nothing is changed if it does not fit.
 
         Args:
-            source: a file that ``torch.load`` reads (``weights_only``), or its state dict, with or
-                without the prefixes ``_orig_mod.``, ``model.`` and ``inner.``.
+            source: a file of ``torch.save``, or its state dict, with or without the prefixes
+                ``_orig_mod.``, ``module.``, ``model.`` and ``inner.`` in any order; also one of
+                ``torch.optim.swa_utils.AveragedModel``.
             mean_puzzle_row: if the checkpoint is of another number of puzzles, fill the table with
                 the mean of its rows, as the official code does, instead of an error.
 
         Raises:
-            ValueError: a name is missing, unknown or twice there, or a shape does not fit.
+            OSError: the file cannot be read.
+            ValueError: it holds something else than dense tensors, a name is missing, unknown or
+                twice there, or a shape does not fit.
         """
         _official.load(self, self.config, _official.read(source), mean_puzzle_row)
 
@@ -279,7 +282,7 @@ class TinyRecursiveModel(nn.Module):
             **overrides: settings that replace all others.
 
         Raises:
-            ValueError: no published config fits, or as for ``load_official``.
+            OSError, ValueError: as for ``load_official``, or no published config fits.
         """
         state = _official.read(source)
         found = _official.config_from(state, config)

@@ -1,15 +1,14 @@
 """``.pt`` files of tensors and plain values, which execute nothing when they are read."""
 
 import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises; nothing is unpickled here
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trm_fast._pt import load_pt
 from trm_fast.train import files
 
 
@@ -51,13 +50,10 @@ def read_pt(
     """
     wanted = f"{owner}: {path} must be a file of save_checkpoint"
     with files.explained(owner, path):
-        data = path.read_bytes()
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        raise ValueError(f"{wanted}; got something else")
-    try:
-        found = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
-        raise ValueError(f"{wanted}; got one that torch.load refuses") from error
+        try:
+            found: Any = load_pt(path, device)
+        except ValueError as error:
+            raise ValueError(f"{wanted}; {str(error).rpartition('; ')[2]}") from None
     if not isinstance(found, dict) or not found.keys() >= {*kinds}:
         lacking = ", ".join(sorted({*kinds} - {*found})) if isinstance(found, dict) else "all keys"
         raise ValueError(f"{wanted}; got one without {lacking}")

@@ -404,7 +404,7 @@ class TestBadInput:
             trainer.load_checkpoint(path)
         # An object whose reading would call a function.
         torch.save({"epoch": 0, "model_state_dict": sys.exit}, path)
-        with pytest.raises(ValueError, match=r"must be a file of save_checkpoint; got one that"):
+        with pytest.raises(ValueError, match=r"of save_checkpoint; got a 'sys.exit'"):
             trainer.load_checkpoint(path)
         torch.save({"epoch": 0}, path)
         with pytest.raises(ValueError, match=r"got one without best_epoch, best_val_acc"):
