@@ -26,6 +26,7 @@ from trm_fast.train import (
     Trainer,
     TrainerConfig,
 )
+from trm_fast.train.checkpoints.snapshot import named_as
 from trm_fast.train.config import Mode
 from trm_fast.train.distributed import World
 from trm_fast.train.generators import fork_rng
@@ -418,7 +419,10 @@ class EpochTrainer(ABC):
                 f"{owner}: {path} must be a file of save_checkpoint, with a seed and an epoch >= "
                 f"0; got {seed!r} and {found['epoch']}"
             )
-        check_model(owner, self.model, found["model_state_dict"])
+        # The model may be compiled now and not then, or the other way round.
+        named = named_as(found["model_state_dict"], self.model.state_dict())
+        found["model_state_dict"] = named
+        check_model(owner, self.model, named)
         before = deepcopy(self._values(self.epoch - 1, {}))
         place = None if self.batches is None else self.batches.state_dict()
         try:

@@ -5,9 +5,10 @@ import os
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded
 from trm_fast.train.checkpoints.snapshot import (
     Resumable,
-    check_version,
     check_weights,
+    fitted,
     load_weights,
+    take_stage,
 )
 
 
@@ -34,10 +35,9 @@ def load_run(
     own_average = run.ema is not None and not run.ema.is_of_optimizer
     parts = ("model", "optim", "trainer", *(["ema"] if own_average else []))
     loaded = Checkpoints(directory).load(which, parts=parts)
-    check_version(loaded.state)
-    check_weights(run, loaded.state)
-    run.curriculum.load_state_dict(loaded.state["trainer"]["curriculum"])
-    run.curriculum.enter_again(run)
-    load_weights(run, loaded.state)
+    state = fitted(run, loaded.state)
+    check_weights(run, state)
+    take_stage(run, state)
+    load_weights(run, state)
     run.step = loaded.step
     return loaded

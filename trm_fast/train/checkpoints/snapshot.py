@@ -1,5 +1,8 @@
 """The whole state of a training run, for a checkpoint, and back."""
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -44,10 +47,10 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "meter": run.meter.state_dict(),
         "batches": run.curriculum.sources.places(),
         "callbacks": {name: state for name, state in states.items() if state},
-        "buffers": world.own_values(_own_buffers(run)),
+        "buffers": bare_names(world.own_values(_own_buffers(run))),
     }
     state = {
-        "model": whole(run.model.state_dict()),
+        "model": bare_names(whole(run.model.state_dict())),
         "optim": {str(i): whole(o.state_dict()) for i, o in enumerate(run.optimizers)},
         "process": {str(rank): part for rank, part in enumerate(world.collect(own))},
         "trainer": {
@@ -57,7 +60,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
             "world_size": world.size,
             "optimizers": [type(optimizer).__name__ for optimizer in run.optimizers],
             "groups": _names_in_groups(run),
-            "frozen": [n for n, p in run.model.named_parameters() if not p.requires_grad],
+            "frozen": [name for name, p in _params(run).items() if not p.requires_grad],
             "schedules": [schedule.state_dict() for schedule in run.schedules],
             "curriculum": run.curriculum.state_dict(),
             "scaler": None if run.scaler is None else run.scaler.state_dict(),
@@ -70,7 +73,8 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         },
     }
     if run.ema is not None and not run.ema.is_of_optimizer:
-        state["ema"] = whole(run.ema.state_dict())
+        ema = whole(run.ema.state_dict())
+        state["ema"] = {**ema, "average": bare_names(ema["average"])}
     return state
 
 
@@ -84,17 +88,44 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
         ValueError: the snapshot is of another model, or other optimizers, callbacks or stages, or
             of another version of trm_fast that saves something else.
     """
-    check_version(state)
+    state = fitted(run, state)
     saved = state["trainer"]
     same_world = saved["world_size"] == run.world.size
-    own = state["process"][str(run.world.rank if same_world else 0)]
+    own = _part(state, ("process", str(run.world.rank if same_world else 0)), dict)
+    for name, kind in _PROCESS.items():
+        _part(own, (name,), kind)
     _add_groups(run, state)
     check_weights(run, state)
-    _restore_callbacks(run.callbacks, own["callbacks"])
-    run.curriculum.load_state_dict(saved["curriculum"])
-    run.curriculum.enter_again(run)
     _require_same("schedules", len(run.schedules), len(saved["schedules"]))
+    _restore_callbacks(run.callbacks, own["callbacks"])
+    take_stage(run, state)
     load_weights(run, state)
+    with _taking("trainer"):
+        _restore_progress(run, saved)
+        run.curriculum.sources.load_places(own["batches"])
+    if not same_world:
+        return (
+            f"the checkpoint is of {saved['world_size']} processes, now there are "
+            f"{run.world.size}: carries, those of extra updates too, random generators and sums of "
+            "metrics start anew, and buffers that differ are those of the first one"
+        )
+    with _taking("process"):
+        _restore_process(run, own)
+    return None
+
+
+def take_stage(run: Resumable, state: dict[str, Any]) -> None:
+    """Goes to the stage of a snapshot.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    with _taking("trainer.curriculum"):
+        run.curriculum.load_state_dict(state["trainer"]["curriculum"])
+        run.curriculum.enter_again(run)
+
+
+def _restore_progress(run: Resumable, saved: dict[str, Any]) -> None:
     for schedule, value in zip(run.schedules, saved["schedules"], strict=True):
         schedule.load_state_dict(value)
     if run.scaler is not None and saved["scaler"] is not None:
@@ -104,28 +135,138 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     run.metrics, run.best = saved["metrics"], saved["best"]
     run.evaluated_at = saved["evaluated_at"]
     run.extra.count = saved["extra_updates"]
-    run.curriculum.sources.load_places(own["batches"])
-    if not same_world:
-        return (
-            f"the checkpoint is of {saved['world_size']} processes, now there are "
-            f"{run.world.size}: carries, those of extra updates too, random generators and sums of "
-            "metrics start anew, and buffers that differ are those of the first one"
-        )
+
+
+def _restore_process(run: Resumable, own: dict[str, Any]) -> None:
     buffers = dict(run.model.named_buffers())
     with torch.no_grad():
-        for name, value in own["buffers"].items():
+        for name, value in named_as(own["buffers"], buffers).items():
             buffers[name].copy_(value)
     run.objective.load_state_dict(own["objective"])
     run.extra.load_state_dict(own["extra"])
     run.meter.load_state_dict(own["meter"])
     set_generators(own["generators"], run.world.device)
-    return None
+
+
+# What a trainer saves, and of which kind: a checkpoint may be whole and yet say something else.
+_NUMBER = (int, float)
+_TRAINER: dict[str, Any] = {
+    "step": int, "seconds": _NUMBER, "world_size": int, "optimizers": list, "schedules": list,
+    "groups": list, "frozen": list,
+    "curriculum": dict, "scaler": (dict, type(None)), "guard": dict, "extra_updates": int,
+    "records": int, "metrics": dict, "evaluated_at": (int, type(None)), "best": dict,
+}  # fmt: skip
+_PROCESS: dict[str, Any] = {
+    "objective": dict, "extra": dict, "generators": dict, "meter": dict, "batches": dict,
+    "callbacks": dict, "buffers": dict,
+}  # fmt: skip
+_WRAPPER = re.compile(r"(?<![^.])_orig_mod\.")
+
+
+def fitted(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a snapshot under the names of this model, whether it was compiled then or is now,
+    after what it has was found to be of the right kinds.
+
+    Raises:
+        ValueError: something is missing or of another kind, or it is of another version.
+    """
+    check_version(state)
+    for name, kind in _TRAINER.items():
+        _part(state, ("trainer", name), kind)
+    for name in ("step", "records", "extra_updates"):
+        if state["trainer"][name] < 0:
+            raise ValueError(
+                f"Trainer: trainer.{name} of the checkpoint must be >= 0; got "
+                f"{state['trainer'][name]}"
+            )
+    model = _tensors_of(state, "model")
+    fits = {**state, "model": named_as(model, run.model.state_dict())}
+    for index in range(len(run.optimizers)):
+        _part(state, ("optim", str(index), "state"), dict)
+        for group in _part(state, ("optim", str(index), "param_groups"), list):
+            _part({"group": group}, ("group", "params"), list)
+    if "ema" in state and run.ema is not None:
+        average = _tensors_of(state, "ema", "average")
+        fits["ema"] = {**state["ema"], "average": named_as(average, run.ema.average)}
+    return fits
+
+
+def _part(state: Any, keys: tuple[str, ...], kind: Any) -> Any:
+    """Returns what stands at some place of a snapshot, which must be of a kind."""
+    value = state
+    for key in keys:
+        value = value.get(key, _MISSING) if isinstance(value, dict) else _MISSING
+    # A bool is an int to Python, and no number here.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(one.__name__ for one in kinds)
+        got = "nothing" if value is _MISSING else type(value).__name__
+        raise ValueError(
+            f"Trainer: {'.'.join(keys)} of the checkpoint must be of type {wanted}; got {got}"
+        )
+    return value
+
+
+_MISSING = object()
+
+
+def _tensors_of(state: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Returns named tensors; extra states of modules may be anything."""
+    found: dict[str, Any] = _part(state, keys, dict)
+    for name, value in found.items():
+        if not isinstance(value, Tensor) and not str(name).endswith("_extra_state"):
+            raise ValueError(
+                f"Trainer: {'.'.join(keys)}.{name} of the checkpoint must be a tensor; got "
+                f"{type(value).__name__}"
+            )
+    return found
+
+
+def bare_names(named: dict[str, Any]) -> dict[str, Any]:
+    """Returns values without the names that torch.compile puts before those of a module."""
+    bare = {_WRAPPER.sub("", name): value for name, value in named.items()}
+    return bare if len(bare) == len(named) else named
+
+
+def named_as(saved: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values under the names of ``own`` that differ in what torch.compile adds only."""
+    full = {_WRAPPER.sub("", name): name for name in own}
+    if len(full) < len(own):
+        return saved
+    return {full.get(_WRAPPER.sub("", str(name)), name): v for name, v in saved.items()}
+
+
+@contextmanager
+def _taking(what: str) -> Iterator[None]:
+    """Names the part of a checkpoint that could not be taken over."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"Trainer: {what} of the checkpoint must be what this run can take over; got "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def _params(run: Run) -> dict[str, nn.Parameter]:
+    """Returns the parameters by names that are the same for a compiled model."""
+    return bare_names(dict(run.model.named_parameters()))
 
 
 def _names_in_groups(run: Run) -> list[list[list[str | None]]]:
     """Returns the names of the parameters in each group of each optimizer, None where the model
     has none."""
-    names = {id(param): name for name, param in run.model.named_parameters()}
+    names = {id(param): name for name, param in _params(run).items()}
     return [
         [[names.get(id(param)) for param in group["params"]] for group in optimizer.param_groups]
         for optimizer in run.optimizers
@@ -135,9 +276,9 @@ def _names_in_groups(run: Run) -> list[list[list[str | None]]]:
 def _add_groups(run: Run, state: dict[str, Any]) -> None:
     """Gives optimizers the groups that they were given during the run, and parameters the flag of
     whether they are trained."""
-    params, saved = dict(run.model.named_parameters()), state["trainer"]
-    if "frozen" not in saved or any(name not in params for name in saved["frozen"]):
-        return  # of an earlier version, or of another model, which is refused
+    params, saved = _params(run), state["trainer"]
+    if any(name not in params for name in saved["frozen"]):
+        return  # of another model, which is refused
     for name, param in params.items():
         param.requires_grad_(name not in saved["frozen"])
     for index, optimizer in enumerate(run.optimizers[: len(saved["groups"])]):
@@ -192,7 +333,7 @@ def check_version(state: dict[str, Any]) -> None:
     Raises:
         ValueError: it is another one.
     """
-    found = state["trainer"].get("version", 1)
+    found = _part(state, ("trainer",), dict).get("version", 1)
     if found != VERSION:
         raise ValueError(
             f"Trainer: the checkpoint must be of version {VERSION} of the state of a trainer; got "
@@ -213,10 +354,13 @@ def check_weights(run: Run, state: dict[str, Any]) -> None:
                 f"Trainer: the checkpoint must be of the same model; it {what} {min(found)}"
             )
     for name, tensor in need.items():
-        if isinstance(tensor, Tensor) and _kind(tensor) != _kind(have[name]):
+        if isinstance(tensor, Tensor) and (
+            not isinstance(have[name], Tensor) or _kind(tensor) != _kind(have[name])
+        ):
+            got = _kind(have[name]) if isinstance(have[name], Tensor) else "no tensor"
             raise ValueError(
                 f"Trainer: {name} of the checkpoint must be {_kind(tensor)} as in the model; "
-                f"got {_kind(have[name])}"
+                f"got {got}"
             )
     averages = run.ema is not None and not run.ema.is_of_optimizer
     _require_same(
@@ -247,15 +391,18 @@ def _kind(tensor: Tensor) -> str:
 
 def load_weights(run: Run, state: dict[str, Any]) -> None:
     """Takes over model, optimizers and averages, which ``check_weights`` has compared."""
-    _load_model(run.model, state["model"])
-    for index, optimizer in enumerate(run.optimizers):
-        _load_optimizer(optimizer, state["optim"][str(index)])
+    with _taking("model"):
+        _load_model(run.model, state["model"])
+    with _taking("optim"):
+        for index, optimizer in enumerate(run.optimizers):
+            _load_optimizer(optimizer, state["optim"][str(index)])
     if run.ema is None or run.ema.is_of_optimizer:
         return
-    average = run.ema.average
-    saved = state["ema"]["average"].items()
-    loaded = {name: sharded_like(value, average[name]) for name, value in saved}
-    run.ema.load_state_dict({**state["ema"], "average": loaded})
+    with _taking("ema"):
+        average = run.ema.average
+        saved = state["ema"]["average"].items()
+        loaded = {name: sharded_like(value, average.get(name)) for name, value in saved}
+        run.ema.load_state_dict({**state["ema"], "average": loaded})
 
 
 def _load_model(model: nn.Module, state: dict[str, Any]) -> None:
