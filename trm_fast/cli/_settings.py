@@ -50,8 +50,7 @@ def read_options(recipe: Recipe[Any], argv: list[str]) -> Options:
     base = _base(who, recipe, first)
     parser = _parser(who, base, presets)
     values = parser.parse_args(argv)
-    changes = {name: values[name] for name, _ in leaves(base)}
-    config = replaced(base, changes)
+    config = replaced(base, _leaves_of(who, base, values))
     if _resumes(who, first):
         _check_resumed(who, recipe, base, config)
     return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
@@ -77,7 +76,18 @@ def changed(who: str, config: Any, words: Iterable[str]) -> Any:
         if name not in known:
             raise ValueError(f"{who}: unknown setting {name!r}{suggest(name, known)}")
     values = _parser(who, config, {}).parse_args([f"--{word}" for word in given])
-    return replaced(config, {name: values[name] for name in known})
+    return replaced(config, _leaves_of(who, config, values))
+
+
+def _leaves_of(who: str, config: Any, values: Any) -> dict[str, Any]:
+    """Returns the value of each setting; a file may have put something in the place of a group."""
+    found = {}
+    for name, _ in leaves(config):
+        if name not in values:
+            group = name.rpartition(".")[0]
+            raise ValueError(f"{who}: {group} must have settings below it; got something else")
+        found[name] = values[name]
+    return found
 
 
 def _without_set(who: str, argv: list[str]) -> Iterator[str]:
@@ -147,8 +157,18 @@ def _check_resumed(who: str, recipe: Recipe[Any], run: Any, now: Any) -> None:
 
 
 def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, get_loader, set_loader
 
+    read_yaml = get_loader("yaml")
+
+    def read_checked(text: str) -> Any:
+        _check_yaml(text, f"{who}: settings")
+        found = read_yaml(text)
+        _check_numbers(found, f"{who}: settings")
+        return found
+
+    # Of files and of every value on the command line, which are YAML too.
+    set_loader(_CHECKED, read_checked, _yaml_errors())
     names = [name for name, _ in leaves(config)]
 
     class Parser(ArgumentParser):
@@ -156,11 +176,13 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
             raise ValueError(f"{who}: {_plain(message, names)}") from ex
 
         def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-            _check_yaml(content, f"{who}: {path or '--config'}:")
+            _check_yaml(content, f"{who}: {path or '--config'}:")  # names the file
             return super().parse_string(content, path, *args, **kwargs)
 
     summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]
-    parser = Parser(prog=f"trm-fast {who}", description=summary, allow_abbrev=False)
+    parser = Parser(
+        prog=f"trm-fast {who}", description=summary, allow_abbrev=False, parser_mode=_CHECKED
+    )
     known = ", ".join(presets)
     parser.add_argument(
         "--preset", default="", help=f"settings to start from: {known}; empty means the first one"
@@ -175,6 +197,24 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
         # argparse formats help texts with %.
         parser.add_argument(f"--{name}", type=kind, default=value, help=help.replace("%", "%%"))
     return parser
+
+
+def _check_numbers(value: Any, subject: str) -> None:
+    """Refuses integers that no float holds; what is nested is bounded before."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ValueError(f"{subject} must have integers of 64 bits; got {value.bit_length()}")
+    inner = value.values() if isinstance(value, dict) else value
+    for item in inner if isinstance(value, (dict, list)) else ():
+        _check_numbers(item, subject)
+
+
+_CHECKED = "yaml of bounded depth"
+
+
+def _yaml_errors() -> tuple[type[Exception], ...]:
+    import yaml
+
+    return yaml.YAMLError, ValueError
 
 
 def _check_yaml(text: str, subject: str) -> None:
