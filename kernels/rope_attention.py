@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._dot import dot
+
+from trm_fast._autograd import once_differentiable
 
 # What compiles without spilling registers, by the bytes of an element.
 LONGEST, WIDEST = {2: 128, 4: 32}, {2: 64, 4: 32}

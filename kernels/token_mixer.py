@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._dot import dot
+
+from trm_fast._autograd import once_differentiable
 
 PADDING = 32  # rows of the weights are padded to a multiple: aligned loads without a mask
 

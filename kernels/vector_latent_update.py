@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from trm_fast._autograd import once_differentiable
 from trm_fast.kernels._vector_rows import (
     add_rows,
     inside,
@@ -32,6 +31,8 @@ from trm_fast.kernels._vector_rows import (
     product,
     store_rows,
 )
+
+from trm_fast._autograd import once_differentiable
 
 BLOCK = 16  # rows of a program: the least that a matrix unit takes
 BLOCK_K = 16  # likewise, at a time in a product
