@@ -82,7 +82,8 @@ class Watched(Checkpoints):
 
 
 def save_forever(run: Path, told: int, phase: Phase) -> None:
-    with RunDirectory(run):
+    with RunDirectory(run) as directory:
+        directory.remove_unfinished()
         checkpoints = Watched(run)
         step = checkpoints.load().step if checkpoints.list() else 0
         while True:
@@ -135,7 +136,8 @@ def kill_one(run: Path, save: Callable[..., None], wait: float, phase: Phase) ->
 
 def look(run: Path, acknowledged: int) -> tuple[str | None, int]:
     """Starts again on what a kill left; returns what is wrong, or None, and the step."""
-    with RunDirectory(run):
+    with RunDirectory(run) as directory:
+        directory.remove_unfinished()
         checkpoints = Checkpoints(run)
         infos = checkpoints.list()
         if not infos:

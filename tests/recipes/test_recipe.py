@@ -12,11 +12,12 @@ import torch
 from trm_fast.cli import eval as eval_command
 from trm_fast.cli import main
 from trm_fast.cli import train as command
+from trm_fast.cli._runs import runs_in
 from trm_fast.recipes import Listing
 from trm_fast.recipes.recipe import Recipe, trainer_settings
 from trm_fast.recipes.running import train
 from trm_fast.recipes.settings import to_json
-from trm_fast.train import Callback, Summary, Trainer, TrainerConfig
+from trm_fast.train import Callback, Summary, Trainer, TrainerConfig, files
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,67 @@ def test_a_directory_with_runs_is_not_written_over_unasked(tmp_path):
     assert train(SEVERAL, config, overwrite=True) == 0
 
 
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1)])
+def test_overwriting_leaves_no_run_that_a_report_would_mix_in(before, now, tmp_path):
+    assert train(SEVERAL, Config(models=before, out=str(tmp_path))) == 0
+    assert train(SEVERAL, Config(models=now, out=str(tmp_path)), overwrite=True) == 0
+    found = sorted(path.parent.name for path in tmp_path.rglob("metrics.jsonl"))
+    assert found == ([tmp_path.name] if now == 1 else [f"model-{i}" for i in range(now)])
+    assert len(runs_in("report", tmp_path)) == now
+
+
+def test_what_cannot_be_built_deletes_nothing(tmp_path):
+    config = Config(models=2, out=str(tmp_path))
+    assert train(SEVERAL, config) == 0
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(config):
+        raise ValueError("no such data")
+
+    with pytest.raises(ValueError, match="no such data"):
+        train(replace(SEVERAL, build=fail), config, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("asked", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_run_of_several_is_no_link_to_another_one(asked, tmp_path):
+    assert train(LINE, Config(out=str(tmp_path / "other"))) == 0
+    before = weights(tmp_path / "other")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "model-1").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="whole/model-1 must not be a link"):
+        train(SEVERAL, Config(models=2, out=str(tmp_path / "whole")), **asked)
+    assert weights(tmp_path / "other") == before
+    assert not (tmp_path / "whole" / "model-0").exists()
+
+
+def test_settings_that_were_changed_in_a_file_of_the_run_are_named(tmp_path, listed, capsys):
+    listed(LINE)
+    out = tmp_path / "run"
+    assert main(["train", "line", "--out", str(out)]) == 0
+    kept = (out / "config.json").read_text()
+    (out / "config.json").write_text(kept.replace('"lr": 0.1', '"lr": 0.2'))
+    capsys.readouterr()
+    assert main(["train", "line", "--out", str(out), "--resume", "--max_steps", "8"]) == 2
+    text = capsys.readouterr().err
+    assert "train line: lr must be 0.1 as in the last checkpoint, " in text
+    assert f"got 0.2. Set it back in {out}/config.json" in text
+    (out / "config.json").write_text(kept)
+    assert main(["train", "line", "--out", str(out), "--resume", "--max_steps", "8"]) == 0
+
+
+def test_a_run_that_was_killed_behind_its_settings_can_be_resumed(tmp_path, listed, capsys):
+    listed(LINE)
+    out = tmp_path / "run"
+    assert main(["train", "line", "--lr", "0.2", "--out", str(out)]) == 0
+    wanted = weights(out)
+    for path in out.iterdir():
+        if path.name not in (".lock", "config.json"):
+            files.remove(path)
+    assert main(["train", "line", "--out", str(out), "--resume"]) == 0
+    assert weights(out) == wanted
+
+
 def test_a_run_that_stands_for_several_is_refused(tmp_path):
     nested = replace(SEVERAL, runs=lambda config: {"a": config, "b": config})
     message = "the settings of a run must stand for that run alone; got 2 others for those of 'a'"
@@ -301,10 +363,11 @@ def test_several_runs_leave_the_group_of_processes_to_their_trainers(tmp_path, m
     monkeypatch.setattr(
         running, "_train_one", lambda *args: Summary(4, "", None, 0, 0, {}, {}, None)
     )
-    assert train(SEVERAL, Config(models=2, out=str(tmp_path / "main"))) == 0
+    several = replace(SEVERAL, build=lambda config: None)
+    assert train(several, Config(models=2, out=str(tmp_path / "main"))) == 0
     assert groups == [] and (tmp_path / "main" / "run.json").is_file()
     monkeypatch.setenv("RANK", "1")
-    assert train(SEVERAL, Config(models=2, out=str(tmp_path / "second"))) == 0
+    assert train(several, Config(models=2, out=str(tmp_path / "second"))) == 0
     assert groups == [] and not (tmp_path / "second").exists()
 
 

@@ -1,19 +1,22 @@
 """Kills at random instants, and every prefix of a save with what was not synced lost."""
 
+import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from trm_fast.train import Checkpoints, RunDirectory
+from trm_fast.train import Callback, Checkpoints, Run, RunDirectory
 from trm_fast.train.checkpoints.state import to_safetensors
 
 from .. import crash
 from ..crash import count, look, look_naively, report
 from .checks import is_state_at, saved, state_at
 from .replay import PAGE, Directory, after, fates, rebuild, record, snapshot
+from .runs import differences, function_run, result
 
 
 def test_kills_cost_nothing(memory):
@@ -133,7 +136,8 @@ def test_what_a_crash_left_is_taken_up(recorded, tmp_path):
         run = tmp_path / str(length)
         fate = random.Random(length).choice(list(fates(length, draws=4)))
         rebuild(after(before, calls[:length]), run, fate)
-        with RunDirectory(run):
+        with RunDirectory(run) as directory:
+            directory.remove_unfinished()
             assert not list(run.rglob(".tmp-*"))
             assert loads(run) in (3, 4)
             Checkpoints(run).save(4, larger(4))
@@ -161,3 +165,80 @@ def test_a_first_save_is_there_whole_or_not_at_all(tmp_path, memory):
                     checkpoints.load()
             shutil.rmtree(place)
     assert places > 0
+
+
+# --- the start of a run ---
+
+
+class Dead(BaseException):
+    """What a process that was killed does no more."""
+
+
+def killed_at(call: int, action: Callable[[], object]) -> None:
+    """Runs ``action`` until its so-many-th call that changes a disk."""
+    count = 0
+
+    def counted(name: str) -> Callable[..., object]:
+        real = getattr(os, name)
+
+        def wrapper(*args: object, **options: object) -> object:
+            nonlocal count
+            reads = name == "open" and not args[1] & (os.O_WRONLY | os.O_RDWR)  # type: ignore[operator]
+            count += not reads
+            if count > call:
+                raise Dead  # also for what would clean up
+            return real(*args, **options)
+
+        return wrapper
+
+    names = (
+        "open",
+        "write",
+        "pwrite",
+        "fsync",
+        "ftruncate",
+        "mkdir",
+        "rename",
+        "replace",
+        "unlink",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(os, name, counted(name))
+        with pytest.raises(Dead):
+            action()
+
+
+class Started(Callback):
+    """Ends a run when it has started, before its first step."""
+
+    happened = False
+
+    def on_start(self, run: Run) -> None:
+        self.happened = True
+        raise Dead
+
+
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_every_prefix_of_a_start_can_be_resumed_or_started_again(overwrites, memory):
+    function_run(memory / "whole", steps=2).fit()
+    wanted = result(memory / "whole")
+    end, call = Started(), 0
+    while not end.happened:
+        resumed, again = memory / f"{call}", memory / f"{call}-again"
+        for out in (resumed, again):
+            if overwrites:
+                function_run(out, steps=1).fit()
+            run = function_run(out, (end,), steps=2)
+            killed_at(call, lambda run=run: run.fit(overwrite=overwrites))
+        # What is left of a run that was overwritten is none.
+        if not overwrites:
+            function_run(resumed, steps=2).fit(resume=True)
+            assert differences(wanted, result(resumed)) == []
+        function_run(again, steps=2).fit(overwrite=True)
+        assert differences(wanted, result(again)) == []
+        assert not list(memory.rglob(".tmp-*")) or overwrites
+        shutil.rmtree(resumed)
+        shutil.rmtree(again)
+        call += 1
+    assert call > (30 if overwrites else 15)

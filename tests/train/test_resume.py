@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from trm_fast.cli import main
-from trm_fast.train import Callback, Checkpoints, EarlyStopping, StopAtTarget
+from trm_fast.train import Callback, Checkpoints, EarlyStopping, StopAtTarget, files
 from trm_fast.train.checkpoints.loading import load_run
+from trm_fast.train.reports.reading import read_run
 from trm_fast.train.run_directory import read_records
 
 from ..interruptions import Interruption, Killed, interrupted
@@ -274,3 +275,71 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(version, tmp
         function_run(tmp_path, steps=20).fit(resume=True)
     with pytest.raises(ValueError, match=message):
         load_run(function_run(None), tmp_path)
+
+
+def taken_away(run: Path, *names: str) -> None:
+    for name in names:
+        files.remove(run / name)
+
+
+@pytest.mark.parametrize(
+    "names", [["ckpt"], ["ckpt", "run.json"], ["ckpt", "metrics.jsonl"], [".lock", "ckpt"]]
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_run_without_its_checkpoints_is_not_begun_anew(names, empty, tmp_path):
+    function_run(tmp_path).fit()
+    taken_away(tmp_path, *names)
+    if empty:
+        (tmp_path / "ckpt").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    message = (
+        r"ckpt must have a checkpoint to resume the run; got none beside .*, which goes to step"
+    )
+    with pytest.raises(ValueError, match=message):
+        function_run(tmp_path).fit(resume=True)
+    before.pop(tmp_path / ".lock", None)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    function_run(tmp_path).fit(overwrite=True)
+    assert Checkpoints(tmp_path).load().step == STEPS
+
+
+def test_a_run_that_has_saved_nothing_yet_begins_again_and_says_what_is_dropped(tmp_path):
+    function_run(tmp_path / "whole", save_every=0, evaluate_every=0).fit()
+    stop = Interruption("on_step", 9)
+    with pytest.raises(Killed):
+        function_run(tmp_path / "parts", (stop,), save_every=0, evaluate_every=0).fit()
+    function_run(tmp_path / "parts", save_every=0, evaluate_every=0).fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+    told = [event["message"] for event in read_records(tmp_path / "parts" / "events.jsonl")]
+    assert told == [
+        "there is no checkpoint yet: starting at the beginning",
+        "lines dropped that came after step 0: 2",
+    ]
+
+
+def test_to_resume_where_there_is_no_run_is_said(tmp_path):
+    function_run(tmp_path).fit(resume=True)
+    told = [event["message"] for event in read_records(tmp_path / "events.jsonl")]
+    assert told == [f"there is no run in {tmp_path} yet: this is a new one"]
+
+
+def test_records_that_a_resume_drops_or_misses_are_counted(tmp_path):
+    with pytest.raises(Killed):
+        function_run(tmp_path, (Interruption("on_evaluate", 10),)).fit()
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines[1:]))
+    function_run(tmp_path).fit(resume=True)
+    told = [event["message"] for event in read_records(tmp_path / "events.jsonl")]
+    assert told[1:] == [
+        "lines dropped that came after step 9: 1",
+        "lines that metrics.jsonl had before and lacks now: 1",
+    ]
+
+
+def test_fewer_steps_than_were_taken_are_told_of(tmp_path):
+    function_run(tmp_path, steps=8).fit()
+    summary = function_run(tmp_path, steps=5).fit(resume=True)
+    assert (summary.step, summary.reason) == (
+        8, "nothing is left to do: 8 steps were taken, more than the 5 that are asked for"
+    )  # fmt: skip
+    assert read_run(tmp_path).steps == 8

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from trm_fast.train import Checkpoints, RunDirectory
+from trm_fast.train import Checkpoints, RunDirectory, files
 from trm_fast.train.run_directory import read_records
 
 from .checks import state_at
@@ -151,17 +151,175 @@ def test_free_space(tmp_path):
 # --- what is there at the start ---
 
 
-def test_what_a_crash_left_goes_at_the_start(tmp_path):
-    (tmp_path / "ckpt" / ".tmp-1").mkdir(parents=True)
-    (tmp_path / "ckpt" / ".tmp-1" / "state.json").write_text("{")
-    (tmp_path / "ckpt" / ".tmp-2").write_text("step")
+def below(path) -> list[str]:
+    return sorted(str(found.relative_to(path)) for found in path.rglob("*"))
+
+
+def test_what_a_crash_left_goes_and_what_others_have_called_alike_stays(tmp_path):
+    mark = files.TEMPORARY
+    left = [f"{mark}{digit * 32}" for digit in "abc"]
+    (tmp_path / "ckpt" / left[0]).mkdir(parents=True)
+    (tmp_path / "ckpt" / left[0] / "state.json").write_text("{")
+    (tmp_path / "ckpt" / left[1]).write_text("step")
     (tmp_path / "kept").mkdir()
-    (tmp_path / ".tmp-3").symlink_to(tmp_path / "kept")
-    with RunDirectory(tmp_path):
-        pass
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
-        ".lock", "ckpt", "kept",
-    ]  # fmt: skip
+    (tmp_path / left[2]).symlink_to(tmp_path / "kept")
+    others = [".tmp-1", f".tmp-{'a' * 32}", f"{mark}mine"]
+    for name in others:
+        (tmp_path / name).mkdir()
+        (tmp_path / "ckpt" / name).write_text("mine")
+    with RunDirectory(tmp_path) as run:
+        assert (tmp_path / "ckpt" / left[1]).exists()  # an entry alone deletes nothing
+        run.remove_unfinished()
+    kept = [*others, *(f"ckpt/{name}" for name in others), ".lock", "ckpt", "kept"]
+    assert below(tmp_path) == sorted(kept)
+
+
+# --- a directory from a stranger ---
+
+NAMES = [".lock", "config.json", "run.json", "metrics.jsonl", "events.jsonl", "ckpt", "tensorboard"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", ["file", "directory", "nothing"])
+def test_a_link_in_the_place_of_a_file_is_refused_and_its_target_stays(tmp_path, name, target):
+    (tmp_path / "file").write_text("1 host\nmine")
+    (tmp_path / "directory").mkdir()
+    Checkpoints(tmp_path / "directory").save(1, state_at(1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / target)
+    before = below(tmp_path)
+    with pytest.raises(
+        OSError,
+        match=rf"^run directory: .*/run/{name} must not be a link, .* got one to {tmp_path}",
+    ):
+        RunDirectory(tmp_path / "run", files=["run.json"]).__enter__()
+    assert {*below(tmp_path)} - {*before} <= {"run/.lock"}
+    assert (tmp_path / "file").read_text() == "1 host\nmine"
+
+
+def test_a_linked_directory_of_a_run_is_the_word_of_its_user(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "there")
+    with RunDirectory(tmp_path / "out") as run:
+        run.append("metrics.jsonl", {"step": 1})
+        Checkpoints(tmp_path / "out").save(1, state_at(1))
+        run.clear()
+    assert below(tmp_path / "there") == [".lock"]
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_a_file_of_two_names_is_refused(tmp_path, name):
+    (tmp_path / "mine").write_text("1 host\n")
+    (tmp_path / "run").mkdir()
+    os.link(tmp_path / "mine", tmp_path / "run" / name)
+    with pytest.raises(OSError, match=f"{name} must be a file of one name; got a hard link"):
+        with RunDirectory(tmp_path / "run") as run:
+            run.append(name, {"step": 1})
+    assert (tmp_path / "mine").read_text() == "1 host\n"
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with RunDirectory(tmp_path) as run:
+        with pytest.raises(OSError, match="must be a file of one name; got a special file"):
+            run.append("metrics.jsonl", {"step": 1})
+
+
+def test_a_lock_of_something_else_is_refused_and_stays(tmp_path):
+    (tmp_path / ".lock").write_text("{}")
+    with pytest.raises(OSError, match=r"\.lock must be the lock of a run; got another file"):
+        RunDirectory(tmp_path).__enter__()
+    assert (tmp_path / ".lock").read_text() == "{}"
+
+
+def test_a_link_that_comes_later_is_refused_by_the_write(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    with RunDirectory(tmp_path / "run") as run:
+        (run.path / "metrics.jsonl").symlink_to(tmp_path / "mine")
+        for write in (
+            lambda: run.append("metrics.jsonl", {}),
+            lambda: run.truncate("metrics.jsonl", 0),
+        ):
+            with pytest.raises(OSError, match="must not be a link"):
+                write()
+        run.write_json("config.json", {})
+        (run.path / "config.json").unlink()
+        (run.path / "config.json").symlink_to(tmp_path / "mine")
+        run.write_json("config.json", {})  # replaces the link
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("linked", ["other/ckpt", "nothing"])
+def test_no_checkpoint_is_saved_or_deleted_through_a_link(tmp_path, linked):
+    other = Checkpoints(tmp_path / "other", keep_last=9)
+    (tmp_path / "other").mkdir()
+    for step in (1, 2, 3, 4):
+        other.save(step, state_at(step))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ckpt").symlink_to(tmp_path / linked)
+    with pytest.raises(OSError, match=r"^checkpoint: .*/run/ckpt must not be a link"):
+        Checkpoints(tmp_path / "run").save(5, state_at(5))
+    assert [info.step for info in other.list()] == [1, 2, 3, 4]
+
+
+def test_a_linked_checkpoint_is_not_deleted(tmp_path):
+    (tmp_path / "other").mkdir()
+    other = Checkpoints(tmp_path / "other")
+    other.save(1, state_at(1))
+    run = tmp_path / "run"
+    (run / "ckpt").mkdir(parents=True)
+    (run / "ckpt" / "step-00000001").symlink_to(other.list()[0].path)
+    for step in (2, 3, 4, 5):
+        Checkpoints(run).save(step, state_at(step))
+    with RunDirectory(run) as directory:
+        directory.clear()
+    assert other.load().step == 1 and below(run) == [".lock"]
+
+
+def test_files_of_something_else_are_not_taken_for_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    for _ in range(2):  # an attempt leaves no mark
+        with RunDirectory(tmp_path) as run:
+            message = "must hold a run of trm_fast; got config.json of something else"
+            for call in (run.require_ours, run.clear):
+                with pytest.raises(OSError, match=message):
+                    call()
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("lacking", [".lock", "run.json", "ckpt"])
+def test_a_copy_of_a_run_is_known(tmp_path, lacking):
+    with RunDirectory(tmp_path, files=["run.json"]) as run:
+        run.write_json("run.json", {"trm_fast": "0.1"})
+        Checkpoints(tmp_path).save(1, state_at(1))
+    files.remove(tmp_path / lacking)
+    with RunDirectory(tmp_path, files=["run.json"]) as run:
+        run.clear()
+    assert below(tmp_path) == [".lock"]
+
+
+def test_the_runs_of_a_whole_go_with_it(tmp_path):
+    for name in ("a", "b", "mine"):
+        with RunDirectory(tmp_path / name) as run:
+            run.append("metrics.jsonl", {"step": 1})
+    (tmp_path / "b" / "notes").write_text("mine")
+    with RunDirectory(tmp_path, files=["run.json"]) as run:
+        run.write_json("run.json", {"runs": ["a", "b", "../mine", "c", 3]})
+        run.clear()
+    left = [".lock", "a", "a/.lock", "b", "b/.lock", "b/notes", "mine", "mine/.lock"]
+    assert below(tmp_path) == [*left, "mine/metrics.jsonl"]
+
+
+def test_a_linked_run_of_a_whole_is_not_cleared(tmp_path):
+    with RunDirectory(tmp_path / "other") as run:
+        run.append("metrics.jsonl", {"step": 1})
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "a").symlink_to(tmp_path / "other")
+    with RunDirectory(tmp_path / "whole", files=["run.json"]) as run:
+        run.write_json("run.json", {"runs": ["a"]})
+        with pytest.raises(OSError, match="whole/a must not be a link"):
+            run.clear()
+    assert read_records(tmp_path / "other" / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_overwriting_deletes_what_a_run_writes_and_nothing_else(tmp_path):

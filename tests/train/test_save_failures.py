@@ -79,7 +79,8 @@ def test_a_failure_of_any_call_is_told_and_costs_nothing(run, tmp_path, code):
         assert is_state_at(best.step, best.state)
         assert sum(info.damage is None for info in checkpoints.list()) >= 2
     assert failed > 25  # the others are renames of what is pruned, which is told of
-    with RunDirectory(run):
+    with RunDirectory(run) as directory:
+        directory.remove_unfinished()
         assert not list(run.rglob(".tmp-*"))
     checkpoints.save(step + 1, state_at(step + 1))
     assert checkpoints.load().step == step + 1

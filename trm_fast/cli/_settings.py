@@ -11,6 +11,7 @@ from trm_fast._json import check_depth, read_object
 from trm_fast.cli import suggest
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
+from trm_fast.train.run_directory import FILES
 
 
 class Options(NamedTuple):
@@ -122,12 +123,20 @@ def _base(who: str, recipe: Recipe[Any], flags: Any) -> Any:
         return recipe.presets[name]
     if flags.preset:
         raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
-    found = read_json(Path(flags.out) / "run.json").get("name")
-    if found != recipe.name:
-        raise ValueError(
-            f"{who}: --out must be a run of {recipe.name} to resume; got one of {found}"
-        )
-    return from_json(recipe.settings, read_json(Path(flags.out) / "config.json"))
+    run = Path(flags.out)
+    if _has_begun(run):
+        found = read_json(run / "run.json").get("name")
+        if found != recipe.name:
+            raise ValueError(
+                f"{who}: --out must be a run of {recipe.name} to resume; got one of {found}"
+            )
+    return from_json(recipe.settings, read_json(run / "config.json"))
+
+
+def _has_begun(run: Path) -> bool:
+    """Returns whether there is more of a run than its settings, which are written first: a process
+    that was killed just then has left a run that can be resumed without knowing its name."""
+    return any((run / name).exists() for name in (*_OF_A_RUN, *FILES) if name != "config.json")
 
 
 def _resumes(who: str, flags: Any) -> bool:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from trm_fast._json import read_object
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
-from trm_fast.recipes.settings import directory_of, leaves, replaced, to_json
-from trm_fast.train import RunDirectory, Summary
+from trm_fast.recipes.settings import directory_of, from_json, leaves, replaced, to_json
+from trm_fast.train import Checkpoints, RunDirectory, Summary, Trainer, files
 from trm_fast.train.run_directory import FILES
 
 Config = TypeVar("Config")
@@ -37,8 +37,10 @@ def train(
         FileExistsError: there are runs in the directory, and neither ``resume`` nor ``overwrite``.
     """
     runs = runs_of(recipe, config)
+    # What cannot be built has to show before anything is deleted.
+    first = recipe.build(next(iter(runs.values())))
     if len(runs) == 1:
-        return _code(_train_one(recipe, next(iter(runs.values())), resume, overwrite))
+        return _code(_train_one(recipe, config, first, resume, overwrite))
     out = _directory(recipe, config)
     with ExitStack() as stack:
         if _is_main():
@@ -48,28 +50,20 @@ def train(
                     f"train {recipe.name}: out must be a directory without runs; got {out}, which "
                     "holds some. Choose another one, resume the runs, or overwrite them"
                 )
+            directory.require_ours()
+            for name in runs:
+                files.refuse_link(out / name)
             if overwrite:
-                _clear(directory)
+                directory.clear()
             directory.write_json("config.json", to_json(config))
             said = {"name": recipe.name, "trm_fast": __version__, "runs": [*runs]}
             directory.write_json("run.json", said)
-        return _train_all(recipe, runs, out, resume, overwrite)
+        return _train_all(recipe, runs, first, out, resume, overwrite)
 
 
 # Names of directories beside the files of the whole.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _TAKEN = (*FILES, "run.json", "ckpt")
-
-
-def _clear(directory: RunDirectory) -> None:
-    """Removes the runs of a whole, and a run that lies in their place."""
-    path = directory.path / "run.json"
-    said = read_object(path) if path.exists() else {}
-    for name in said.get("runs", ()):
-        if isinstance(name, str) and _NAME.fullmatch(name) and (directory.path / name).is_dir():
-            with RunDirectory(directory.path / name, files=("run.json",)) as run:
-                run.clear()
-    directory.clear()
 
 
 def runs_of(recipe: Recipe[Config], config: Config) -> dict[str, Config]:
@@ -113,12 +107,18 @@ def _is_main() -> bool:
 
 
 def _train_all(
-    recipe: Recipe[Config], runs: Mapping[str, Config], out: Path, resume: bool, overwrite: bool
+    recipe: Recipe[Config],
+    runs: Mapping[str, Config],
+    first: Trainer,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
 ) -> int:
     summaries: dict[str, Summary] = {}
     for name, config in runs.items():
+        trainer = recipe.build(config) if summaries else first
         # A run that has ended is not trained again: it goes on from its last step.
-        summaries[name] = _train_one(recipe, config, resume, overwrite, str(out))
+        summaries[name] = _train_one(recipe, config, trainer, resume, overwrite, str(out))
         if summaries[name].signal is not None:
             return _code(summaries[name])
     if recipe.compare is not None and _is_main():
@@ -128,9 +128,15 @@ def _train_all(
 
 
 def _train_one(
-    recipe: Recipe[Any], config: Any, resume: bool, overwrite: bool, whole: str = ""
+    recipe: Recipe[Any],
+    config: Any,
+    trainer: Trainer,
+    resume: bool,
+    overwrite: bool,
+    whole: str = "",
 ) -> Summary:
-    trainer = recipe.build(config)
+    if resume and trainer.out is not None:
+        _require_settings(recipe, config, trainer.out)
     summary = trainer.fit(resume=resume, overwrite=overwrite)
     if trainer.world.is_main:
         for line in recipe.finish(trainer, summary):
@@ -138,6 +144,24 @@ def _train_one(
         if summary.signal is not None:
             print(f"go on: trm-fast train {recipe.name} --out {whole or trainer.out} --resume")
     return summary
+
+
+def _require_settings(recipe: Recipe[Any], config: Any, out: Path) -> None:
+    """Compares the settings with those that the last checkpoint was made with: config.json beside
+    it may have been changed since.
+
+    Raises:
+        ValueError: one that a resumed run may not change differs.
+    """
+    made = [info.path / "config.json" for info in Checkpoints(out).list() if info.damage is None]
+    if not made or not made[-1].is_file():
+        return
+    before = from_json(recipe.settings, read_object(made[-1]))
+    for name, (old, new) in recipe.changes(before, config).items():
+        raise ValueError(
+            f"train {recipe.name}: {name} must be {old!r} as in the last checkpoint, "
+            f"{made[-1].parent}; got {new!r}. Set it back in {out / 'config.json'}"
+        )
 
 
 def _code(summary: Summary) -> int:

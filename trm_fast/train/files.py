@@ -1,7 +1,13 @@
-"""File operations of a run: whole, synced, renamed into place; no link is followed."""
+"""File operations of a run: whole, synced, renamed into place; no link is followed.
+
+New contents are written under a name of their own and renamed into place, which replaces a link and
+leaves its target alone. What is written in place is opened by ``open_in_place``, and a directory in
+which anything is made or deleted has passed ``refuse_link``.
+"""
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -11,7 +17,9 @@ from pathlib import Path
 
 from trm_fast._files import kind_of, read_file
 
-TEMPORARY = ".tmp-"  # names of unfinished files start so; after a crash they can be deleted
+# What a crash has left unfinished is told by its name from what others have put there.
+TEMPORARY = ".tmp-trm_fast-"
+_UNFINISHED = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{32}}")
 # Small tensors are written together: one call per tensor would cost more than its bytes.
 BLOCK = 1 << 20
 
@@ -28,7 +36,9 @@ def explained(who: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            raise
+            if str(error).startswith(who):
+                raise
+            raise OSError(f"{who}: {error}") from error
         explained_error = OSError(f"{who}: {error.filename or path}: {error.strerror}")
         explained_error.errno = error.errno
         raise explained_error from error
@@ -37,6 +47,46 @@ def explained(who: str, path: Path) -> Iterator[None]:
 def temporary(directory: Path) -> Path:
     """Returns a name in ``directory`` that nothing has."""
     return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def refuse_link(path: Path) -> None:
+    """Checks that a name does not lead elsewhere, before something is written or deleted there.
+
+    Raises:
+        OSError: it is a symbolic link.
+    """
+    if path.is_symlink():
+        raise OSError(
+            f"{path} must not be a link, as what is written or deleted there would be elsewhere; "
+            f"got one to {os.readlink(path)}. Remove the link, or put its target in its place"
+        )
+
+
+def open_in_place(path: Path, flags: int = 0) -> int:
+    """Opens a file for reading and writing where it lies, and makes it if it is missing.
+
+    Args:
+        path: the file.
+        flags: further ones of ``os.open``.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: it is a link or no regular file, or has another name elsewhere.
+    """
+    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError:
+        refuse_link(path)
+        raise
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return handle
+    os.close(handle)
+    found = "a hard link" if stat.S_ISREG(status.st_mode) else kind_of(status.st_mode)
+    raise OSError(f"{path} must be a file of one name; got {found}. Put a copy in its place")
 
 
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -95,7 +145,12 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory, durably, unless it is there."""
+    """Makes a directory, durably, unless it is there.
+
+    Raises:
+        OSError: it cannot be made, or a link has its name.
+    """
+    refuse_link(path)
     if not path.is_dir():
         os.mkdir(path)
         sync_directory(path.parent)
@@ -117,10 +172,10 @@ def _unlink(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> list[str]:
-    """Deletes what a crash left in ``directory`` and returns the names."""
+    """Deletes what a crash of ours left in ``directory`` and returns the names."""
     if not directory.is_dir():
         return []
-    names = sorted(name for name in os.listdir(directory) if name.startswith(TEMPORARY))
+    names = sorted(name for name in os.listdir(directory) if _UNFINISHED.fullmatch(name))
     for name in names:
         remove(directory / name)
     return names

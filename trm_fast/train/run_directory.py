@@ -1,6 +1,6 @@
 """The directory of a run: locked for one trainer, with files that are whole or as before.
 
-    <out>/.lock           pid and host of the trainer that holds it
+    <out>/.lock           pid and host of the trainer that holds it; that a run of ours is there
     <out>/config.json     what the run was started with, and other files of ``write_json``
     <out>/metrics.jsonl   one record per line, as events.jsonl
     <out>/ckpt/           see trm_fast/train/checkpoints/checkpoints.py
@@ -19,6 +19,7 @@ import re
 import shutil
 import socket
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,11 @@ from trm_fast.train import files
 
 LOCK = ".lock"
 FILES = ("config.json", "metrics.jsonl", "events.jsonl", "summary.json")
+MANIFEST = "MANIFEST.json"  # in each checkpoint
+FOLDERS = ("ckpt", "tensorboard", "wandb")
+_HOLDER = re.compile(rb"(\d+) (\S+)\n")
+_MARK = b"holds a run of trm_fast\n"
+_RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # the directory of one of several runs
 _CHECKPOINT = re.compile(r"step-\d{8,18}(?:-\d{1,9})?|LATEST|BEST")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
@@ -51,11 +57,12 @@ class RunDirectory:
         out: the directory; missing parents are made.
         files: names of further files that the run writes, which ``existing`` and ``clear`` know.
 
-    Entering it deletes what a crash left unfinished, and a torn last line of each JSONL file.
+    What a run writes and deletes lies in the directory itself: a link or a hard link in the place
+    of one of its files is refused. The directory may be a link.
 
     Raises:
-        OSError: on entering: the directory cannot be made or written, or another trainer has it;
-            one line with the path, and in the second case with its pid and host.
+        OSError: on entering: the directory cannot be made or written, a file of a run is a link, or
+            another trainer has it; one line with the path, and then with its pid and host.
     """
 
     def __init__(self, out: str | os.PathLike[str], *, files: Collection[str] = ()) -> None:
@@ -63,16 +70,16 @@ class RunDirectory:
         self.files = (*FILES, *(_plain(name) for name in files))
         self.lock: int | None = None
         self.opened: dict[str, int] = {}
+        self._marked = False
 
     def __enter__(self) -> "RunDirectory":
         with files.explained("run directory", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = self._locked()
             try:
-                os.ftruncate(self.lock, 0)
-                os.pwrite(self.lock, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-                files.remove_unfinished(self.path)
-                files.remove_unfinished(self.path / "ckpt")
+                for name in (*self.files, *FOLDERS):
+                    files.refuse_link(self.path / name)
+                self._hold()
             except BaseException:
                 self._unlock()
                 raise
@@ -88,21 +95,45 @@ class RunDirectory:
         self._unlock()
 
     def _locked(self) -> int:
-        handle = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = files.open_in_place(self.path / LOCK)
+        found = os.pread(handle, 400, 0)
+        holder = _HOLDER.match(found)
         try:
+            if found and holder is None:
+                raise OSError(
+                    f"run directory: {self.path / LOCK} must be the lock of a run; got another "
+                    "file. Choose another directory, or delete it"
+                )
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(handle, 200, 0).decode("ascii", "replace").split()
             os.close(handle)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            pid, host = holder if len(holder) == 2 else ("?", "?")
+            pid, host = (b"?", b"?") if holder is None else holder.groups()
             raise OSError(
-                f"run directory: {self.path} must not be in use; got a trainer with pid {pid} "
-                f"on host {host}"
+                f"run directory: {self.path} must not be in use; got a trainer with pid "
+                f"{pid.decode()} on host {host.decode('ascii', 'replace')}"
             ) from None
         _locks.add(handle)
         return handle
+
+    def _hold(self) -> None:
+        """Writes who has the lock; that a run of ours is here stays, also after a kill."""
+        assert self.lock is not None
+        self._marked = _MARK in os.pread(self.lock, 400, 0)
+        self._write_lock()
+
+    def _write_lock(self) -> None:
+        assert self.lock is not None
+        holder = f"{os.getpid()} {socket.gethostname()}\n".encode()
+        size = os.pwrite(self.lock, holder + (_MARK if self._marked else b""), 0)
+        os.ftruncate(self.lock, size)
+
+    def _claim(self) -> None:
+        """Marks what is here as a run of ours, before anything of it is written."""
+        if not self._marked:
+            self._marked = True
+            self._write_lock()
 
     def _unlock(self) -> None:
         # The file stays: deleting it would let two processes lock two files of one name.
@@ -138,20 +169,82 @@ class RunDirectory:
         found = [name for name in self.files if os.path.lexists(self.path / name)]
         return found + ["ckpt"] * bool(self._checkpoints())
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether what is here was written by a run of this package: by the mark in the lock, and
+        for copies without it by run.json or a checkpoint."""
+        manifests = (self.path / "ckpt" / name / MANIFEST for name in self._checkpoints())
+        return (
+            self._marked or "trm_fast" in self.said() or any(path.is_file() for path in manifests)
+        )
+
+    def said(self) -> dict[str, Any]:
+        """Returns what run.json says, nothing if it is missing or is no JSON."""
+        try:
+            return load_object((self.path / "run.json").read_bytes(), "run.json")
+        except (OSError, ValueError):
+            return {}
+
+    def require_ours(self) -> None:
+        """Checks that nothing else is taken for a run, to be written over or to go on.
+
+        Raises:
+            OSError: files with the names of those of a run are here, but not its mark.
+        """
+        found = self.existing()
+        if found and not self.is_ours:
+            raise OSError(
+                f"run directory: {self.path} must hold a run of trm_fast; got {', '.join(found)} "
+                "of something else. Choose another directory, or delete them"
+            )
+
+    def remove_unfinished(self) -> None:
+        """Deletes what a crash of a run left unfinished here."""
+        with files.explained("run directory", self.path):
+            files.remove_unfinished(self.path)
+            files.remove_unfinished(self.path / "ckpt")
+
     def clear(self) -> None:
-        """Deletes what an earlier run left here, and nothing else."""
+        """Deletes what an earlier run left here, and the runs below that it lists if it stands for
+        several, and nothing else.
+
+        Raises:
+            OSError: what is here is not of a run, a directory of a run is a link, a trainer is at
+                work in one, or something cannot be deleted.
+        """
+        self.require_ours()
         self._close()
+        with ExitStack() as stack:
+            runs = [stack.enter_context(run) for run in self._runs()]
+            for run in runs:
+                run.require_ours()
+            for run in (*runs, self):
+                run._delete()
+
+    def _runs(self) -> Iterator["RunDirectory"]:
+        """Yields the directories of the runs that run.json lists."""
+        names = self.said().get("runs", ())
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and _RUN.fullmatch(name) and (self.path / name).is_dir():
+                files.refuse_link(self.path / name)
+                yield RunDirectory(self.path / name, files=self.files[len(FILES) :])
+
+    def _delete(self) -> None:
         with files.explained("run directory", self.path):
             for name in self._checkpoints():
                 files.remove(self.path / "ckpt" / name)
+            self.remove_unfinished()
             if (self.path / "ckpt").is_dir() and not os.listdir(self.path / "ckpt"):
                 os.rmdir(self.path / "ckpt")
-            for name in self.files:
+            # That of the whole goes last: it says which files are those of runs.
+            for name in sorted(self.files, key="run.json".__eq__):
                 files.remove(self.path / name)
             files.sync_directory(self.path)
-        left = self.existing()
-        if left:
-            raise OSError(f"run directory: {self.path / left[0]} cannot be deleted")
+            left = self.existing()
+            if left:
+                raise OSError(f"run directory: {self.path / left[0]} cannot be deleted")
+            self._marked = False
+            self._write_lock()
 
     def _checkpoints(self) -> list[str]:
         directory = self.path / "ckpt"
@@ -169,6 +262,7 @@ class RunDirectory:
         """
         data = json.dumps(_strict(value, name), indent=2, allow_nan=False).encode() + b"\n"
         with files.explained("run directory", self.path / _plain(name)):
+            self._claim()
             files.replace(self.path / name, data)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
@@ -182,6 +276,7 @@ class RunDirectory:
         line = json.dumps(_strict(record, name), separators=(",", ":"), allow_nan=False)
         with files.explained("run directory", self.path / _plain(name)):
             if name not in self.opened:
+                self._claim()
                 self.opened[name] = _opened(self.path / name)
             handle = self.opened[name]
             end = os.fstat(handle).st_size
@@ -191,13 +286,16 @@ class RunDirectory:
                 os.ftruncate(handle, end)
                 raise
 
-    def truncate(self, name: str, step: int, most: int | None = None) -> None:
+    def truncate(self, name: str, step: int, most: int | None = None) -> int:
         """Drops the records with a "step" beyond ``step``, and a torn last line.
 
         Args:
             name: of the file.
             step: the last one that is kept.
             most: records that are kept at most, the first ones; None keeps all of these steps.
+
+        Returns:
+            How many records were dropped.
 
         Raises:
             ValueError: a whole line is no record; it is named.
@@ -207,9 +305,12 @@ class RunDirectory:
             if name in self.opened:
                 os.close(self.opened.pop(name))
             if not path.exists():
-                return
-            kept = [line for line, record in _records(path) if not _beyond(record, step)]
-            files.replace(path, b"".join(kept[:most]))
+                return 0
+            files.refuse_link(path)
+            found = list(_records(path))
+            kept = [line for line, record in found if not _beyond(record, step)][:most]
+            files.replace(path, b"".join(kept))
+        return len(found) - len(kept)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Returns the records of a JSONL file, without a torn last line; none if it is missing.
@@ -240,7 +341,7 @@ def _beyond(record: Mapping[str, Any], step: int) -> bool:
 
 def _opened(path: Path) -> int:
     """Opens a JSONL file for adding, behind its last whole line."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    handle = files.open_in_place(path, os.O_APPEND)
     end = os.fstat(handle).st_size
     while end and os.pread(handle, 1, end - 1) != b"\n":
         start = max(0, end - (1 << 16))

@@ -151,6 +151,7 @@ class Trainer:
         self._update = Update(self.model, self.optimizers, self.world, average, config.precision)
         self.extra = ExtraUpdates(self._update, self.meter, self.guard, self.objective)
         self.history: list[Record] = []
+        self._records = 0  # of the checkpoint that the run goes on from
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
         self._saved: tuple[tuple[int, ...], Path] | None = None
@@ -253,12 +254,11 @@ class Trainer:
             stack.enter_context(fork_rng(self.world.device))
             seed_everything(self.config.seed + self.world.rank)
             self.stop_reason = None
-            if resume:
-                self._load()
+            told = self._load() if resume else []
             self._require_savable()
-            self.files.write_json("config.json", self.settings or asdict(self.config))
-            self.files.write_json("run.json", describe(self))
-            self.files.write_json("summary.json", {})  # until the run ends
+            self.files.begin(self.settings or asdict(self.config), describe(self))
+            if resume:
+                self._rewind(told)
             by_name(self.callbacks)
             for callback in self.callbacks:
                 stack.callback(callback.close)
@@ -283,18 +283,30 @@ class Trainer:
             raise ValueError("Trainer: batches must give at least one; got none")
         return float(self.train_step(batches).loss)
 
-    def _load(self) -> None:
-        """Goes back to the last checkpoint that is whole, if there is any."""
+    def _load(self) -> list[tuple[str, str]]:
+        """Goes back to the last checkpoint that is whole, if there is any; returns the events to
+        tell of it. The files of the run stay as they are."""
         loaded = self.files.load()
         if loaded is None:
-            self.history = self.files.rewind(0, 0)
-            return self.event("started", "there is no checkpoint yet: starting at the beginning")
+            if self.files.is_empty:
+                return [("started", f"there is no run in {self.out} yet: this is a new one")]
+            return [("started", "there is no checkpoint yet: starting at the beginning")]
         lost = restore(self, loaded.state)
-        self.history = self.files.rewind(loaded.step, loaded.state["trainer"]["records"])
-        for reason in (*loaded.skipped, *([lost] if lost else [])):
-            self.event("checkpoint", reason)
-        self.event("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")
+        self._records = loaded.state["trainer"]["records"]
         self._saved = self._place_of_save(), loaded.path
+        told = [("checkpoint", reason) for reason in (*loaded.skipped, *([lost] if lost else []))]
+        return [*told, ("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")]
+
+    def _rewind(self, told: list[tuple[str, str]]) -> None:
+        """Drops the records after the checkpoint, and tells of it and of what else is new."""
+        self.history, dropped = self.files.rewind(self.step, self._records)
+        for event, message in told:
+            self.event(event, message)
+        if dropped:
+            self.event("rewound", f"lines dropped that came after step {self.step}: {dropped}")
+        lost = self._records - len(self.history)
+        if lost > 0 and self.world.is_main:
+            self.event("rewound", f"lines that metrics.jsonl had before and lacks now: {lost}")
 
     def _require_savable(self) -> None:
         """Refuses, before the first step, what the first checkpoint could not hold."""
@@ -568,7 +580,7 @@ class Trainer:
         state = snapshot(self)
         if self.world.is_main:
             found = self._curriculum
-            path = checkpoints.save(
+            path = self.files.save(
                 self.step,
                 state,
                 score=self._score(),
@@ -601,7 +613,7 @@ class Trainer:
 
     def _finish(self) -> Summary:
         if self._signal is None:
-            reason = self.stop_reason or f"all {self.config.steps} steps are done"
+            reason = self.stop_reason or self._reason_of_end()
         else:
             reason = f"interrupted by {Signals(self._signal).name}"
             self.event("interrupted", reason)
@@ -610,6 +622,14 @@ class Trainer:
             self.step, reason, self._signal, self.elapsed(), self.guard.skipped,
             dict(self.metrics), dict(self.best), path,
         )  # fmt: skip
+
+    def _reason_of_end(self) -> str:
+        if self.step > self.config.steps:
+            return (
+                f"nothing is left to do: {self.step} steps were taken, more than the "
+                f"{self.config.steps} that are asked for"
+            )
+        return f"all {self.config.steps} steps are done"
 
     def _evaluate_at_end(self) -> None:
         self._evaluate()

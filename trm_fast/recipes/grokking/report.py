@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trm_fast.recipes.grokking.config import GrokkingConfig
-from trm_fast.train import Callback, Record, Run, Summary, Trainer
+from trm_fast.train import Callback, Record, Run, Summary, Trainer, files
 
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
@@ -117,7 +118,9 @@ def draw_accuracy(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    files.replace(path, drawn.getvalue())
 
 
 def _percent(share: float) -> str:
