@@ -108,13 +108,34 @@ def test_an_existing_directory_is_replaced_only_when_asked(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_only_data_sets_are_replaced(tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("words")
-    text = error_of(capsys, "make", "sudoku", "--out", tmp_path, "--overwrite")
-    assert text == (
-        f"data make: --overwrite replaces data sets only; got {tmp_path} with thesis.txt"
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "train/cat.png", "test/mine__inputs.npy", "train.jsonl", "train/empty/"]
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_only_what_data_make_has_made_is_replaced(tmp_path, capsys, name, beside):
+    out = tmp_path / "data"
+    if beside:
+        assert make("sudoku", out, *SMALL["sudoku"]) == 0
+    else:
+        out.mkdir()
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if name.endswith("/") else path.write_text("mine")
+    text = error_of(capsys, "make", "sudoku", "--out", out, "--overwrite")
+    assert "data make: --overwrite must be given for a data set that data make has made" in text
+    assert f"got {out} with {name.rstrip('/')}. Choose another directory" in text
+    assert path.is_dir() if name.endswith("/") else path.read_text() == "mine"
+
+
+def test_a_link_among_the_data_is_not_of_us(tmp_path, capsys):
+    out = tmp_path / "data"
+    assert make("sudoku", out, *SMALL["sudoku"]) == 0
+    (out / "test").rename(tmp_path / "elsewhere")
+    (out / "test").symlink_to(tmp_path / "elsewhere")
+    assert f"got {out} with test." in error_of(
+        capsys, "make", "sudoku", "--out", out, "--overwrite"
     )
-    assert (tmp_path / "thesis.txt").read_text() == "words"
+    assert len(list((tmp_path / "elsewhere").iterdir())) > 3
 
 
 def test_an_error_leaves_nothing_and_what_was_there(tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trm_fast._json import load_object
 from trm_fast.cli._tables import printable
 from trm_fast.data import _native
 from trm_fast.data.puzzles import PuzzleSet
@@ -21,8 +22,9 @@ from trm_fast.train import files
 
 Array = NDArray[Any]
 
-# What --overwrite may replace; a directory with anything else in it is no data set.
-_OURS = {"train", "test", "identifiers.json", "test_puzzles.json", "train.jsonl", "test.jsonl"}
+_MARK_BYTES = 1 << 20
+# Lists what was made, so that --overwrite can tell it from what others have called alike.
+_MARK = ".made_by_trm_fast.json"
 
 
 def make(args: argparse.Namespace) -> None:
@@ -55,23 +57,20 @@ def make(args: argparse.Namespace) -> None:
 def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     """Gives a directory to write into, which becomes ``out`` when all of it is there."""
     out = out.resolve()
-    if out.exists():
-        if not overwrite:
-            raise FileExistsError(
-                f"data make: --out must be a new directory; got {out}, which is there already. "
-                "Choose another one, or give --overwrite"
-            )
-        strange = _strange(out)
-        if strange is not None:
-            raise ValueError(
-                f"data make: --overwrite replaces data sets only; got {out} with {strange}"
-            )
+    if out.exists() and not overwrite:
+        raise FileExistsError(
+            f"data make: --out must be a new directory; got {out}, which is there already. "
+            "Choose another one, or give --overwrite"
+        )
     with files.explained("data make", out):
+        _require_ours(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished, old = files.temporary(out.parent), files.temporary(out.parent)
         try:
             unfinished.mkdir()
             yield unfinished
+            files.replace(unfinished / _MARK, json.dumps({"files": _found(unfinished)}).encode())
+            _require_ours(out)  # something may have come in while the data were made
             if out.exists():
                 os.rename(out, old)
             os.rename(unfinished, out)
@@ -87,11 +86,42 @@ def _new_directory(out: Path, overwrite: bool) -> Iterator[Path]:
                 files.remove(old)
 
 
+def _require_ours(out: Path) -> None:
+    """Checks that everything in a directory was made by this command, or that there is nothing.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if not out.exists():
+        return
+    strange = _strange(out)
+    if strange is not None:
+        raise ValueError(
+            f"data make: --overwrite must be given for a data set that data make has made, and "
+            f"nothing else; got {out} with {strange}. Choose another directory, or delete it"
+        )
+
+
 def _strange(directory: Path) -> str | None:
-    """Returns something in a directory that is of no data set, or None."""
-    if not directory.is_dir() or directory.is_symlink():
+    """Returns something in a directory that this command has not made, or None."""
+    if not directory.is_dir():
         return "no directory"
-    return next((name for name in sorted(os.listdir(directory)) if name not in _OURS), None)
+    try:
+        data = files.read(directory / _MARK, _MARK_BYTES)
+        made = {_MARK, *map(str, load_object(data, _MARK).get("files", ()))}
+    except (ValueError, OSError):
+        made = set()
+    return next((name for name in _found(directory) if name not in made), None)
+
+
+def _found(directory: Path) -> list[str]:
+    """Returns the paths of what is in a directory and below, without the directories of files."""
+    found = []
+    for folder, folders, names in os.walk(directory):
+        inner = [name for name in folders if (Path(folder) / name).is_symlink()]
+        empty = [] if names or folders or Path(folder) == directory else [""]
+        found += [str((Path(folder) / n).relative_to(directory)) for n in (*names, *inner, *empty)]
+    return sorted(found)
 
 
 def _sudoku(args: argparse.Namespace, directory: Path) -> dict[str, int]:
