@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; one may import those below it and itself.
 LAYERS = (
     (
-        *("_version", "_errors", "_files", "_json", "_lazy", "_native", "_pt", "_data"),
+        *("_version", "_errors", "_files", "_json", "_lazy", "_native", "_paths", "_pt", "_data"),
         *("_compiler", "_autograd", "_dispatch"),
     ),
     ("kernels",),

@@ -12,8 +12,11 @@ from trm_fast import __version__
 from trm_fast._dispatch import BackendError
 from trm_fast.cli import COMMANDS, _settings, main, train
 from trm_fast.cli._settings import field_docs
+from trm_fast.data import read_official
 from trm_fast.recipes import RECIPES, load
 from trm_fast.recipes.settings import leaves
+from trm_fast.train import Checkpoints, RunDirectory, read_checkpoint
+from trm_fast.train.reports.reading import read_run
 
 
 def error_of(capsys, *argv, code=2):
@@ -174,6 +177,101 @@ def test_wrong_files_are_one_line_and_write_nothing(tmp_path, capsys, text, mess
     file.write_text(text)
     assert message in error_of(capsys, *grokking(tmp_path, "--config", str(file)))
     assert not (tmp_path / "run").exists()
+
+
+SUDOKU = ("train", "sudoku", "--dry-run", "--config")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "overwrite: true",
+            "must hold settings only; got 'overwrite' in line 1, which is asked for",
+        ),
+        ("overwrite: false", "which is asked for on the command line, as --overwrite"),
+        ("resume: true", "as --resume"),
+        ("dry_run: true", "as --dry-run"),
+        ("config: other.yaml", "as --config"),
+        ("set: batch=3", "as --set"),
+        ("__path__: x", "unknown setting '__path__'"),
+        ("1: 2", "unknown setting '1'"),
+        ("<<: {batch: 3}", "unknown setting '<<'"),
+        ("? [1, 2]\n: 3", "names must be words; got something else in line 1"),
+        ("batch: 4\nbatch: 5", "must have each setting once; got 'batch' in line 2"),
+        ('{"batch": 4, "batch": 5}', "must have each setting once; got 'batch' in line 1"),
+        ("train: {steps: 3}\ntrain.steps: 4", "once; got 'train.steps' in line 2"),
+        ("train:\n", "train must hold settings, as 'train: {...}'; got nothing in line 1"),
+        ("train: {}", "train must hold settings, as 'train: {...}'; got nothing in line 1"),
+        ("train: 3", "train must hold settings, as 'train: {...}'; got '3' in line 1"),
+        ("train: [1]", "train must hold settings, as 'train: {...}'; got something else in line 1"),
+        ("trian: {steps: 3}", "unknown setting 'trian'; did you mean 'train'?"),
+        ("train: {step: 3}", "unknown setting 'train.step'; did you mean 'train.steps'?"),
+        ("batch: null", "--batch must have a value; got None"),
+        ("", "--config: expected a file with one 'setting: value' per line"),
+        ("batch: 3\n---\nbatch: 4", "must be YAML of one document; got another in line 2"),
+    ],
+)
+def test_a_file_holds_settings_only_and_each_once(tmp_path, capsys, text, message):
+    file = tmp_path / "my.yaml"
+    file.write_text(text)
+    assert message in error_of(capsys, *SUDOKU, str(file))
+
+
+def test_what_a_file_asks_for_deletes_no_run(tmp_path, capsys):
+    assert main(grokking(tmp_path)) == 0
+    before = sorted(tmp_path.rglob("*"))
+    for given in ("overwrite: true\n", f"out: {tmp_path / 'run'}\noverwrite: true\n"):
+        file = tmp_path.parent / f"{tmp_path.name}.yaml"
+        file.write_text(given)
+        assert "got 'overwrite'" in error_of(capsys, *grokking(tmp_path, "--config", str(file)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_in_a_file_may_be_nested_or_dotted(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train.steps: 3\ndata: {clues: [6, 8]}\npreset: tiny\n")
+    config = _settings.read_options(load("sudoku"), ["--config", str(file)]).config
+    assert (config.train.steps, config.data.clues) == (3, (6, 8))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path / "home"
+    assert not list((tmp_path / "here").iterdir())  # nothing that is called "~"
+
+
+def test_a_home_directory_in_a_flag_a_file_and_python(home, capsys):
+    few = "train grokking --prime 7 --iterations 1 --plot false --batch 16".split()
+    assert main([*few, "--out=~/runs/a"]) == 0
+    (home / "my.yaml").write_text("out: ~/runs/b\n")
+    assert main([*few, "--config=~/my.yaml"]) == 0
+    assert main(["train", "grokking", "--out=~/runs/b", "--resume", "--iterations", "2"]) == 0
+    assert main(["report", "~/runs/a", "--out=~/shown"]) == 0
+    assert {path.name for path in home.iterdir()} >= {"my.yaml", "runs", "shown"}
+    with RunDirectory("~/runs/c") as run:
+        Checkpoints("~/runs/c").save(1, {"model": {}})
+        assert run.path == home / "runs" / "c"
+    assert read_checkpoint("~/runs/c/ckpt/step-00000001").step == 1
+    assert Checkpoints("~/runs/a").load("~/runs/c/ckpt/step-00000001").step == 1
+    assert read_run("~/runs/b").name == "grokking"
+
+
+def test_a_home_directory_with_data(home, capsys):
+    made = ["--size", "4", "--count", "8", "--test", "4"]
+    assert main(["data", "make", "sudoku", "--out=~/data", *made]) == 0
+    assert main(["data", "check", "~/data"]) == 0
+    assert len(read_official("~/data")) == 8 == len(read_official(home / "data"))
+    assert main(["train", "sudoku", "--data.path=~/data", "--data.size=4", "--dry-run"]) == 0
+
+
+def test_nobodys_home_directory_is_refused(home, capsys):
+    message = "path: ~ must stand for a home directory; got '~nobody-of-this-name/run'"
+    assert message in error_of(capsys, *grokking(home), "--out=~nobody-of-this-name/run")
 
 
 def test_a_yaml_file_executes_nothing(tmp_path, capsys):

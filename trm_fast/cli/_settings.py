@@ -5,10 +5,12 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
-from trm_fast._json import check_depth, read_object
+from trm_fast._json import read_object
+from trm_fast._paths import expanded
 from trm_fast.cli import suggest
+from trm_fast.cli._settings_file import check_file, check_yaml
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
 from trm_fast.train.run_directory import FILES
@@ -51,10 +53,19 @@ def read_options(recipe: Recipe[Any], argv: list[str]) -> Options:
     base = _base(who, recipe, first)
     parser = _parser(who, base, presets)
     values = parser.parse_args(argv)
-    config = replaced(base, _leaves_of(who, base, values))
+    changes = _leaves_of(who, base, values)
+    _refuse_none(who, base, changes)
+    config = replaced(base, changes)
     if _resumes(who, first):
         _check_resumed(who, recipe, base, config)
     return Options(config, bool(first.resume), bool(first.overwrite), bool(first.dry_run))
+
+
+def _refuse_none(who: str, config: Any, changes: Mapping[str, Any]) -> None:
+    """Refuses None for settings that have no None, which the parser takes for not given."""
+    for name, _, kind, _ in _fields(config):
+        if changes[name] is None and type(None) not in get_args(kind):
+            raise ValueError(f"{who}: --{name} must have a value; got None")
 
 
 def changed(who: str, config: Any, words: Iterable[str]) -> Any:
@@ -123,7 +134,7 @@ def _base(who: str, recipe: Recipe[Any], flags: Any) -> Any:
         return recipe.presets[name]
     if flags.preset:
         raise ValueError(f"{who}: --resume takes the settings of the run; got --preset as well")
-    run = Path(flags.out)
+    run = expanded(flags.out)
     if _has_begun(run):
         found = read_json(run / "run.json").get("name")
         if found != recipe.name:
@@ -143,7 +154,7 @@ def _resumes(who: str, flags: Any) -> bool:
     """Returns whether there is a run to be resumed."""
     if flags.resume and not flags.out:
         raise ValueError(f"{who}: --resume needs --out, the directory of the run")
-    return bool(flags.resume) and any((Path(flags.out) / name).exists() for name in _OF_A_RUN)
+    return bool(flags.resume) and any((expanded(flags.out) / name).exists() for name in _OF_A_RUN)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -171,7 +182,7 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
     read_yaml = get_loader("yaml")
 
     def read_checked(text: str) -> Any:
-        _check_yaml(text, f"{who}: settings")
+        check_yaml(text, f"{who}: settings")
         found = read_yaml(text)
         _check_numbers(found, f"{who}: settings")
         return found
@@ -185,7 +196,7 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
             raise ValueError(f"{who}: {_plain(message, names)}") from ex
 
         def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-            _check_yaml(content, f"{who}: {path or '--config'}:")  # names the file
+            check_file(content, f"{who}: {path or '--config'}:", names)
             return super().parse_string(content, path, *args, **kwargs)
 
     summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]
@@ -224,30 +235,6 @@ def _yaml_errors() -> tuple[type[Exception], ...]:
     import yaml
 
     return yaml.YAMLError, ValueError
-
-
-def _check_yaml(text: str, subject: str) -> None:
-    """Counts the nesting of YAML by its events, before values are made of it: that takes recursion.
-
-    Raises:
-        ValueError: it is no YAML, nested too deeply, or has aliases, which nest without brackets.
-    """
-    import yaml
-
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{subject} must have no aliases; got *{event.anchor}")
-            depth += isinstance(event, yaml.CollectionStartEvent)
-            depth -= isinstance(event, yaml.CollectionEndEvent)
-            check_depth(depth, subject)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        reason = f"an error in line {line}: {error.problem}"
-        raise ValueError(f"{subject} must be YAML; got {reason}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{subject} must be YAML; got {' '.join(str(error).split())}") from None
 
 
 def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

@@ -1,8 +1,8 @@
 """``trm-fast data``: checks data sets, and makes puzzles on disk."""
 
 import argparse
-from pathlib import Path
 
+from trm_fast._paths import expanded
 from trm_fast.cli import COMMANDS
 from trm_fast.cli._own_commands import add_own_commands, own_actions, own_modules, run_own_command
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
     check = actions.add_parser("check", help=_CHECK, description=_CHECK)
     check.add_argument(
-        "path", type=Path, metavar="PATH",
+        "path", type=expanded, metavar="PATH",
         help="directory in the official layout; directory with train and test as .csv or .jsonl; "
         "or one such file, with the columns or fields question and answer",
     )  # fmt: skip
@@ -52,7 +52,9 @@ def _add_options(kind: str, parser: argparse.ArgumentParser) -> None:
             flag, type=read, default=default, metavar="N", help=f"{help} (default: {default})"
         )
 
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--out", type=expanded, required=True, metavar="DIR", help="a new directory"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set in DIR")
     if kind != "arc":
         add("--count", 1000, "puzzles for training")

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trm_fast._paths import expanded
 from trm_fast.cli import COMMANDS, suggest
 from trm_fast.cli._runs import runs_in
 from trm_fast.recipes import RECIPES, load
@@ -21,7 +22,7 @@ HELP = COMMANDS["eval"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the run, which of its checkpoints, and what is to be different."""
     parser.add_argument(
-        "run", type=Path, metavar="RUN",
+        "run", type=expanded, metavar="RUN",
         help="directory of a run, or of several that one command has trained, each of which is "
         "evaluated",
     )  # fmt: skip

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trm_fast._paths import expanded
 from trm_fast.cli import COMMANDS
 from trm_fast.cli._runs import runs_in
 
@@ -20,14 +21,14 @@ _SHOWN = 10  # evaluations and events of a run on a terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the runs and where the files go."""
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN",
+        "runs", nargs="+", type=expanded, metavar="RUN",
         help="directory of a run, or of several that one command has trained",
     )  # fmt: skip
     parser.add_argument(
         "--html", action="store_true", help="also write report.html, one page that needs no network"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR",
+        "--out", type=expanded, metavar="DIR",
         help="where curves.png and report.html go (default: RUN; several runs need it)",
     )  # fmt: skip
 

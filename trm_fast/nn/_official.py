@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trm_fast._paths import expanded
 from trm_fast._pt import load_pt
 from trm_fast.nn._config import CONFIGS, TRMConfig, config_of
 
@@ -58,7 +59,7 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor
         ValueError: it is no file of tensors, two names differ in their prefix only, or something is
             no dense tensor of real numbers.
     """
-    given = source if isinstance(source, Mapping) else load_pt(source)
+    given = source if isinstance(source, Mapping) else load_pt(expanded(source))
     if not isinstance(given, Mapping):
         raise _error(f"the checkpoint must be a state dict; got {type(given).__name__}")
     state: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trm_fast._paths import expanded
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.recipes.epoch_report import EpochReport, History, Scores
 from trm_fast.recipes.epoch_state import State, further_state, go_on, with_weights
@@ -286,7 +287,7 @@ class EpochTrainer(ABC):
             raise ValueError(
                 f"{type(self).__name__}: num_epochs must be a whole number >= 1; got {num_epochs!r}"
             )
-        best = None if checkpoint_dir is None else Path(checkpoint_dir) / self.best_file
+        best = None if checkpoint_dir is None else expanded(checkpoint_dir) / self.best_file
         report = EpochReport(self, self.history, num_epochs, best)
         return self._trainer(
             num_epochs, [report, self._stopping(patience)], validates=True, out=out,
@@ -383,7 +384,7 @@ class EpochTrainer(ABC):
         """
         values = self._values(epoch, metrics)
         if self.world.is_main:
-            write_pt(type(self).__name__, Path(path), values)
+            write_pt(type(self).__name__, expanded(path), values)
 
     def _values(self, epoch: int, metrics: Scores) -> dict[str, Any]:
         further = self._further_state()
@@ -412,7 +413,7 @@ class EpochTrainer(ABC):
             ValueError: it is not such a file, or of another model; nothing is loaded then.
         """
         owner = type(self).__name__
-        found = read_pt(owner, Path(path), self._kinds(), self.device)
+        found = read_pt(owner, expanded(path), self._kinds(), self.device)
         seed = found["hyperparameters"].get("seed")
         if not isinstance(seed, int) or found["epoch"] < 0:
             raise ValueError(

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from trm_fast._paths import expanded
+
 Config = TypeVar("Config")
 
 
@@ -27,7 +29,7 @@ def require(owner: str, holds: bool, what: str, value: object) -> None:
 
 def directory_of(out: str, name: str) -> str:
     """Returns the directory of a run: ``out``, or one below runs/ if that is empty."""
-    return out or str(Path("runs") / name)
+    return str(expanded(out) if out else Path("runs") / name)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

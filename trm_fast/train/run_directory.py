@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from trm_fast._json import check_depth, load_object
+from trm_fast._paths import expanded
 from trm_fast.train import files
 
 LOCK = ".lock"
@@ -66,7 +67,7 @@ class RunDirectory:
     """
 
     def __init__(self, out: str | os.PathLike[str], *, files: Collection[str] = ()) -> None:
-        self.path = Path(out)
+        self.path = expanded(out)
         self.files = (*FILES, *(_plain(name) for name in files))
         self.lock: int | None = None
         self.opened: dict[str, int] = {}
@@ -323,7 +324,7 @@ class RunDirectory:
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the records of a JSONL file, as ``RunDirectory.read``, without locking anything."""
-    path = Path(path)
+    path = expanded(path)
     with files.explained("run directory", path):
         return [record for _, record in _records(path)] if path.exists() else []
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trm_fast._paths import expanded
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.optim._closure import check_closure
@@ -138,7 +139,7 @@ class Trainer:
         self.name = name
         self.settings = settings or {}
         self.report = dict(report or {})
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else expanded(out)
         self.files = RunFiles(self.out, self.world, ("run.json", *files), config.keep_last)
         self.meter = Meter(self.world.device)
         self.guard = NonFiniteGuard(self.world.device, config.on_nonfinite, config.max_nonfinite)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from trm_fast._paths import expanded
 from trm_fast.data.puzzles.arc_corpus import ArcTask, Pair, arc_tasks
 from trm_fast.data.puzzles.arc_grids import (
     COLOURS,
@@ -210,7 +210,7 @@ def _allocator(out: str | PathLike[str] | None, split: str) -> Callable[[str, in
     shape = (SIDE * SIDE,)
     if out is None:
         return lambda name, count: np.zeros((count, *shape), np.uint8)
-    home = Path(out) / split
+    home = expanded(out) / split
     home.mkdir(parents=True, exist_ok=True)
     return lambda name, count: np.lib.format.open_memmap(
         home / f"all__{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *shape)

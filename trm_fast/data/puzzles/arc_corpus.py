@@ -13,6 +13,7 @@ import numpy as np
 
 from trm_fast import _json
 from trm_fast._files import is_hidden
+from trm_fast._paths import expanded
 from trm_fast.data.puzzles.arc_grids import COLOURS, SEPARATOR, SIDE
 from trm_fast.data.puzzles.puzzle_set import Array
 
@@ -152,7 +153,7 @@ def read_arc_folder(folder: str | PathLike[str]) -> list[ArcTask]:
         OSError: the folder or a file cannot be read.
         ValueError: a file holds no task, two tasks share a name, or there is none.
     """
-    home = Path(folder)
+    home = expanded(folder)
     files = [home] if home.is_file() else _task_files(home)
     if not files:
         raise ValueError(f"{home}: at least one .json task is required; got none")

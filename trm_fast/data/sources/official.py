@@ -15,6 +15,7 @@ Source: SamsungSAILMontreal/TinyRecursiveModels at commit e7b6871, dataset/ and 
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -26,6 +27,7 @@ import numpy as np
 
 from trm_fast import _json
 from trm_fast._json import read_object
+from trm_fast._paths import expanded
 from trm_fast.data.puzzles import PuzzleMetadata, PuzzleSet
 from trm_fast.data.puzzles.arc_corpus import pairs_of
 from trm_fast.data.puzzles.merging import concatenate
@@ -75,9 +77,9 @@ def read_official_sets(folder: str | PathLike[str], split: str = "train") -> dic
     Raises:
         OSError, ValueError, TypeError: as ``read_official``.
     """
-    home = Path(folder) / split
+    home = expanded(folder) / split
     metadata, said = _read_metadata(home / "dataset.json")
-    _check_identifiers(Path(folder), metadata)
+    _check_identifiers(expanded(folder), metadata)
     sets = {name: _read_set(home, name, metadata) for name in metadata.sets}
     groups = sum(data.metadata.total_groups for data in sets.values())
     if said.get("total_groups", groups) != groups:
@@ -160,7 +162,7 @@ def read_identifiers(folder: str | PathLike[str]) -> list[str]:
         OSError: the file is missing or cannot be read.
         ValueError: it is no JSON list of strings.
     """
-    path = Path(folder) / "identifiers.json"
+    path = expanded(folder) / "identifiers.json"
     names = _json.read(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: a list of strings is required; got {type(names).__name__}")
@@ -174,7 +176,7 @@ def read_test_puzzles(folder: str | PathLike[str]) -> dict[str, Any]:
         OSError: the file is missing or cannot be read.
         ValueError: it is no JSON object of tasks.
     """
-    path = Path(folder) / "test_puzzles.json"
+    path = expanded(folder) / "test_puzzles.json"
     found = read_object(path)
     for name, task in found.items():
         try:
@@ -215,16 +217,16 @@ def write_official(
         identifiers = ["<blank>"]
     if identifiers is not None and len(identifiers) != num:
         raise ValueError(f"write_official: {num} identifiers are required; got {len(identifiers)}")
-    home = Path(folder) / split
+    home = expanded(folder) / split
     home.mkdir(parents=True, exist_ok=True)
     for name, data in parts.items():
         for field in (*MAPPED, *INDICES):
             array = getattr(data, field)
             _replace(home / f"{name}__{field}.npy", partial(_save, array))
     if identifiers is not None:
-        _write_json(Path(folder) / "identifiers.json", list(identifiers))
+        _write_json(expanded(folder) / "identifiers.json", list(identifiers))
     if test_puzzles is not None:
-        _write_json(Path(folder) / "test_puzzles.json", dict(test_puzzles))
+        _write_json(expanded(folder) / "test_puzzles.json", dict(test_puzzles))
     # Last: a folder without it is incomplete for every reader.
     _write_json(home / "dataset.json", asdict(metadata))
 
@@ -256,7 +258,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file beside its place first: the data may be a mapping of the file it replaces."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with open(beside, "wb") as file:
-        write(file)
-    beside.replace(path)
+    # A name that nothing has: a link or a file of this name is neither followed nor written over.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            write(file)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from trm_fast._files import open_file
 from trm_fast._json import load_object
+from trm_fast._paths import expanded
 
 OnBad = Literal["error", "quarantine"]
 Path = str | PathLike[str]
@@ -109,7 +110,7 @@ class RowGuard(AbstractContextManager["RowGuard"]):
         if self._path is None:
             raise ValueError(f"{self.name}:{line}: {reason}")
         if self._file is None:
-            self._file = open(self._path, "a", encoding="utf-8")
+            self._file = open(expanded(self._path), "a", encoding="utf-8")
         text = raw[:_KEPT_BYTES].decode("utf-8", "backslashreplace")
         entry = {"file": self.name, "line": line, "reason": reason, "row": text}
         self._file.write(json.dumps(entry) + "\n")
@@ -132,7 +133,7 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, bytes, str | 
     """Physical lines without their ends, from 1 on, each with the reason why it is bad, if any."""
     if max_line_bytes < 1:
         raise ValueError(f"max_line_bytes must be >= 1; got {max_line_bytes}")
-    with open_file(path) as file:
+    with open_file(expanded(path)) as file:
         _check_start(path, file.peek(4)[:4])
         if file.peek(3).startswith(_BOM):
             file.read(len(_BOM))

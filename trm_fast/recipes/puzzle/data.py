@@ -1,11 +1,11 @@
 """Where the puzzles of a run come from: made here, from files, or from the local cache of a hub."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from trm_fast._paths import expanded
 from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.puzzles.arc import encode_arc
 from trm_fast.data.puzzles.arc_corpus import arc_tasks, read_arc_folder
@@ -214,7 +214,7 @@ def _split(
 def _read(path: str, hub: str, format_of: FormatOf) -> tuple[PuzzleSet, PuzzleSet]:
     if path == "hub":
         return _of_hub(hub, "train"), _of_hub(hub, "test")
-    folder = Path(path)
+    folder = expanded(path)
     if not folder.is_dir():
         raise ValueError(f"data: path must be a directory with data, or 'hub'; got {path!r}")
     if is_official(folder):

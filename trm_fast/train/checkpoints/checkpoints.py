@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_fast._paths import expanded
 from trm_fast.train import files
 from trm_fast.train.checkpoints.reader import (
     CONFIG,
@@ -88,7 +89,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint: keep_last must be >= 2; got {keep_last}")
         if keep_best < 0:
             raise ValueError(f"checkpoint: keep_best must be >= 0; got {keep_best}")
-        self.run = Path(run_directory)
+        self.run = expanded(run_directory)
         self.directory = self.run / "ckpt"
         self.keep_last, self.keep_best = keep_last, keep_best
 
@@ -271,7 +272,7 @@ class Checkpoints:
             yield from self._best_first(skipped)
         else:
             inside = STEP.fullmatch(str(which)) is not None
-            yield self.directory / str(which) if inside else Path(which)  # type: ignore[arg-type]
+            yield self.directory / str(which) if inside else expanded(which)  # type: ignore[arg-type]
 
     def _latest_first(self, skipped: Reasons) -> Iterator[Path]:
         infos = self.list()

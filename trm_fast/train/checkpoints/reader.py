@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_fast._paths import expanded
 from trm_fast.train import files
 from trm_fast.train.checkpoints.state import dumps, from_safetensors, loads, unflatten
 
@@ -87,7 +88,7 @@ def read_checkpoint(
         ValueError: a file is missing, damaged or no file of ours, or a part is not there.
         OSError: a file cannot be read.
     """
-    path = Path(path)
+    path = expanded(path)
     with _located(path):
         manifest = _manifest(path)
         described = _described(path, manifest)

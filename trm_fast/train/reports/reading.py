@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from trm_fast._json import load_object
+from trm_fast._paths import expanded
 from trm_fast.train import files
 from trm_fast.train.run_directory import LOCK, read_records
 
@@ -107,7 +108,7 @@ def read_run(directory: str | os.PathLike[str]) -> RunReport:
         ValueError: there is no run, or a file is damaged; one line that names it.
         OSError: a file cannot be read.
     """
-    path = Path(directory)
+    path = expanded(directory)
     _require_run(path)
     notes: list[str] = []
     settings = dict(_leaves(_object(path / "config.json", notes)))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trm_fast._paths import expanded
 from trm_fast.recipes.grokking.bench.plan import DEFAULT, FAMILIES, VARIANTS, select_rows
 
 HELP = "Compares optimizers and filters at equal weight decay on the grokking recipe."
@@ -36,8 +37,8 @@ _OPTIONS: tuple[tuple[str, Callable[[str], Any], Any, str, str], ...] = (
     ("--iterations", _count, 3000, "N", "iterations after which a run gives up"),
     ("--prime", _count, 97, "P", "modulus of the equations"),
     ("--device", str, "cpu", "NAME", "auto, cpu or another torch device"),
-    ("--out", Path, Path("runs/bench-grokking"), "DIR", "directory of the runs"),
-    ("--report", Path, None, "FILE.md", "report; its figure lies beside it, as PNG"),
+    ("--out", expanded, Path("runs/bench-grokking"), "DIR", "directory of the runs"),
+    ("--report", expanded, None, "FILE.md", "report; its figure lies beside it, as PNG"),
     ("--jobs", _count, 1, "N", "processes"),
     ("--threads", _count, 1, "N", "threads of each process"),
 )
