@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trm_fast.cli import main
 from trm_fast.train import Callback, Checkpoints, EarlyStopping, StopAtTarget, files
@@ -343,3 +343,53 @@ def test_fewer_steps_than_were_taken_are_told_of(tmp_path):
         8, "nothing is left to do: 8 steps were taken, more than the 5 that are asked for"
     )  # fmt: skip
     assert read_run(tmp_path).steps == 8
+
+
+def told_of(run: Path, event: str) -> list[str]:
+    return [e["message"] for e in read_records(run / "events.jsonl") if e["event"] == event]
+
+
+@pytest.mark.parametrize("more", [{"monitor": "noise"}, {"mode": "max"}])
+def test_another_monitor_begins_the_best_checkpoint_anew(more, tmp_path):
+    function_run(tmp_path, steps=6).fit()
+    run = function_run(tmp_path, steps=STEPS, **more)
+    run.fit(resume=True)
+    name, mode = more.get("monitor", "lm_loss"), more.get("mode", "min")
+    assert told_of(tmp_path, "changed")[0] == (
+        f"the monitor lm_loss (min) is now {name} ({mode}): the best checkpoint is looked for anew "
+        "after step 6"
+    )
+    found = [r for r in run.history if r["kind"] == "evaluation" and r["step"] > 6]
+    best = (min if mode == "min" else max)(found, key=lambda record: record[name])
+    assert Checkpoints(tmp_path).load("best").step == best["step"] == run.best["step"]
+    function_run(tmp_path, steps=STEPS + 1, **more).fit(resume=True)  # is none once more
+    assert sum("monitor" in line for line in told_of(tmp_path, "changed")) == len({name, "lm_loss"})
+
+
+def test_what_the_bits_depend_on_is_told_of_where_it_has_changed(tmp_path, monkeypatch):
+    function_run(tmp_path, steps=3).fit()
+    function_run(tmp_path, steps=3).fit(resume=True)
+    assert told_of(tmp_path, "changed") == []
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    torch.set_num_threads(2)
+    function_run(tmp_path, steps=4, clip_norm=2.0).fit(resume=True)
+    bits, settings = told_of(tmp_path, "changed")
+    assert bits.startswith("what the bits depend on has changed: torch ")
+    assert bits.endswith(" is now 1.0; threads 1 is now 2")
+    assert settings == "settings have changed: steps 3 is now 4; clip_norm None is now 2.0"
+
+
+def test_other_data_of_the_same_size_are_told_of(tmp_path):
+    data = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+    def run(data: Any, steps: int) -> None:
+        loader = DataLoader(TensorDataset(data, torch.zeros(8, dtype=torch.long)), 4)
+        function_run(tmp_path, batches=loader, steps=steps).fit(resume=True)
+
+    run(data, 3)
+    run(data.clone(), 3)
+    assert told_of(tmp_path, "changed") == []
+    run(data.flip(0), 3)
+    assert told_of(tmp_path, "changed") == [
+        "what the bits depend on has changed: the data of 'train' are others"
+    ]

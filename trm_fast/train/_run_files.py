@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trm_fast._json import load_object
 from trm_fast._version import __version__
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
 from trm_fast.train.distributed import World, device_name
@@ -134,6 +135,12 @@ class RunFiles:
         if self._directory is not None:
             self._require_unsaved(self._directory)
         return None
+
+    def settings_of(self, loaded: Loaded) -> dict[str, Any]:
+        """Returns the settings with which a checkpoint was made, as config.json has them; nothing
+        if it lacks them."""
+        path = loaded.path / "config.json"
+        return load_object(path.read_bytes(), f"{path}:") if path.is_file() else {}
 
     def _require_unsaved(self, directory: RunDirectory) -> None:
         """Refuses to start at the beginning where checkpoints have been."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from trm_fast.train._fingerprint import fingerprint
 from trm_fast.train.batches import (
     Batches,
     batches_of,
@@ -54,6 +55,7 @@ class StageBatches:
         self._places: dict[str, Any] = {}  # of a checkpoint, until their sources are made
         self._epochs: dict[str, int] = {}
         self._present: _Present | None = None
+        self._fingerprints: dict[str, str | None] = {}
 
     @property
     def epochs(self) -> int:
@@ -115,6 +117,14 @@ class StageBatches:
     def places(self) -> dict[str, Any]:
         """Returns where the batches of the stages stand in this process."""
         return self._places | {name: part.state_dict() for name, part in self._sources.items()}
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """Returns a hash of the data of each stage that was made so far, None where there cannot be
+        one; it is taken once."""
+        for name, source in self._sources.items():
+            if name not in self._fingerprints:
+                self._fingerprints[name] = fingerprint(source)
+        return dict(self._fingerprints)
 
     def load_places(self, places: dict[str, Any]) -> None:
         """Goes on from what ``places`` returned; iterators from before must not be used."""

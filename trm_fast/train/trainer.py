@@ -18,6 +18,7 @@ from trm_fast._paths import expanded
 from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.optim._closure import check_closure
+from trm_fast.train._circumstances import changes_since, differences
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics, check_names, numbers_of
@@ -147,6 +148,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.best_after = -1  # the step after which the best checkpoint is looked for
         self.seconds = 0.0
         average = None if self.ema is None or self.ema.is_of_optimizer else self.ema
         self._update = Update(self.model, self.optimizers, self.world, average, config.precision)
@@ -257,7 +259,7 @@ class Trainer:
             self.stop_reason = None
             told = self._load() if resume else []
             self._require_savable()
-            self.files.begin(self.settings or asdict(self.config), describe(self))
+            self.files.begin(self._settings(), describe(self))
             if resume:
                 self._rewind(told)
             by_name(self.callbacks)
@@ -296,7 +298,17 @@ class Trainer:
         self._records = loaded.state["trainer"]["records"]
         self._saved = self._place_of_save(), loaded.path
         told = [("checkpoint", reason) for reason in (*loaded.skipped, *([lost] if lost else []))]
-        return [*told, ("resumed", f"resumed at step {loaded.step} from {loaded.path.name}")]
+        told.append(("resumed", f"resumed at step {loaded.step} from {loaded.path.name}"))
+        self._curriculum.sources.of(self._curriculum.index)  # so that its data can be compared
+        data = None if lost else self._curriculum.sources.fingerprints()
+        told += (("changed", line) for line in changes_since(self, loaded.state, data))
+        other = differences(self.files.settings_of(loaded), self._settings())
+        if other:
+            told.append(("changed", f"settings have changed: {'; '.join(other)}"))
+        return told
+
+    def _settings(self) -> dict[str, Any]:
+        return self.settings or asdict(self.config)
 
     def _rewind(self, told: list[tuple[str, str]]) -> None:
         """Drops the records after the checkpoint, and tells of it and of what else is new."""
@@ -586,7 +598,7 @@ class Trainer:
                 state,
                 score=self._score(),
                 summary=dict(self.metrics),
-                best_after=self.step - found.step if found.history else -1,
+                best_after=max(self.best_after, self.step - found.step if found.history else -1),
             )
             self._saved = now, path
             for callback in self.callbacks:

@@ -297,12 +297,13 @@ class Checkpoints:
             return
         scored = _best_first(infos)
         name = self._pointed("BEST", skipped)
-        named = next((info for info in infos if info.path.name == name), None)
-        if named and named.damage:
-            skipped.append(named.damage)
-        elif named and named not in scored[:1]:
-            skipped.append(f"{self.directory / 'BEST'}: names {name}, which is not the best")
-        yield from (info.path for info in scored)
+        named = [info for info in infos if info.path.name == name]
+        skipped += [info.damage for info in named if info.damage]
+        # Higher scores beside it are of another measure, as of an earlier stage.
+        first = [info for info in named if info in scored]
+        if named and not first and not named[0].damage:
+            skipped.append(f"{self.directory / 'BEST'}: names {name}, which has no score")
+        yield from (info.path for info in (*first, *(i for i in scored if i not in first)))
 
     def _pointed(self, pointer: str, skipped: Reasons) -> str | None:
         """Returns the name in LATEST or BEST, or None and why not."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trm_fast.train._circumstances import circumstances
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteGuard
 from trm_fast.train.callbacks import Callback, by_name
@@ -27,6 +28,7 @@ class Resumable(Run, Protocol):
     callbacks: list[Callback]
     guard: NonFiniteGuard
     seconds: float
+    best_after: int
     extra: ExtraUpdates
 
     @property
@@ -46,6 +48,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "generators": generators(world.device),
         "meter": run.meter.state_dict(),
         "batches": run.curriculum.sources.places(),
+        "data": {} if run.out is None else run.curriculum.sources.fingerprints(),
         "callbacks": {name: state for name, state in states.items() if state},
         "buffers": bare_names(world.own_values(_own_buffers(run))),
     }
@@ -70,6 +73,9 @@ def snapshot(run: Resumable) -> dict[str, Any]:
             "metrics": dict(run.metrics),
             "evaluated_at": run.evaluated_at,
             "best": dict(run.best),
+            "best_after": run.best_after,
+            "monitor": [run.config.monitor, run.config.mode],
+            "circumstances": circumstances(run),
         },
     }
     if run.ema is not None and not run.ema.is_of_optimizer:
