@@ -221,7 +221,7 @@ def test_a_file_of_two_names_is_refused(tmp_path, name):
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with RunDirectory(tmp_path) as run:
-        with pytest.raises(OSError, match="must be a file of one name; got a special file"):
+        with pytest.raises(OSError, match="must be a file of one name; got a pipe"):
             run.append("metrics.jsonl", {"step": 1})
 
 

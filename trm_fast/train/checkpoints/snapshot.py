@@ -340,7 +340,7 @@ def check_version(state: dict[str, Any]) -> None:
         ValueError: it is another one.
     """
     found = _part(state, ("trainer",), dict).get("version", 1)
-    if found != VERSION:
+    if type(found) is not int or found != VERSION:
         raise ValueError(
             f"Trainer: the checkpoint must be of version {VERSION} of the state of a trainer; got "
             f"{found}. Go on with the trm_fast that has written it, which run.json names"
