@@ -100,7 +100,8 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     own = _part(state, ("process", str(run.world.rank if same_world else 0)), dict)
     for name, kind in _PROCESS.items():
         _part(own, (name,), kind)
-    _add_groups(run, state)
+    with _taking("trainer.groups"):
+        _add_groups(run, state)
     check_weights(run, state)
     _require_same("schedules", len(run.schedules), len(saved["schedules"]))
     _restore_callbacks(run.callbacks, own["callbacks"])
@@ -339,8 +340,9 @@ def check_version(state: dict[str, Any]) -> None:
     Raises:
         ValueError: it is another one.
     """
-    found = _part(state, ("trainer",), dict).get("version", 1)
-    if type(found) is not int or found != VERSION:
+    known = {"version": 1} | _part(state, ("trainer",), dict)
+    found = _part({"trainer": known}, ("trainer", "version"), int)
+    if found != VERSION:
         raise ValueError(
             f"Trainer: the checkpoint must be of version {VERSION} of the state of a trainer; got "
             f"{found}. Go on with the trm_fast that has written it, which run.json names"
@@ -382,8 +384,9 @@ def check_weights(run: Run, state: dict[str, Any]) -> None:
 
 def _require_same(what: str, now: Any, saved: Any) -> None:
     if now != saved:
+        got = " ".join(str(saved).split())[:200]
         raise ValueError(
-            f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {saved}"
+            f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {got}"
         )
 
 
