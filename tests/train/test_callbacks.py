@@ -1,8 +1,6 @@
 """Callbacks that stop a run, and what a person sees of it."""
 
 import math
-import os
-import sys
 from typing import Any
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from trm_fast.train import Callback, EarlyStopping, Progress, Run, Step, StopAtTarget
 from trm_fast.train.callbacks import is_better
 
-from .runs import STEPS, function_run, puzzle_run
+from .runs import function_run, puzzle_run
 
 INF, NAN = math.inf, math.nan
 
@@ -157,17 +155,6 @@ def test_lines_can_be_rarer_than_records(capsys):
     function_run(None, (Progress(every=5, bar=False),), log_every=1, evaluate_every=0).fit()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 5/12", "step 10/12"]
-
-
-def test_nobody_who_reads_is_no_reason_to_stop(monkeypatch):
-    reading, writing = os.pipe()
-    os.close(reading)
-    stream = os.fdopen(writing, "w")
-    monkeypatch.setattr(sys, "stdout", stream)
-    assert function_run(None, (Progress(bar=False),)).fit().step == STEPS
-    monkeypatch.undo()
-    with pytest.raises(BrokenPipeError):
-        stream.close()
 
 
 def test_the_bar_shows_steps_and_metrics_and_gives_the_terminal_back(capsys, monkeypatch):

@@ -72,6 +72,14 @@ def test_the_second_signal_does_what_it_always_did(numbers, tmp_path):
     assert function_run(tmp_path).fit(resume=True).step == STEPS
 
 
+def test_a_terminal_that_is_closed_says_so_more_than_once(tmp_path):
+    summary = function_run(tmp_path, (Send(7, *(signal.SIGHUP,) * 3),)).fit()
+    assert (summary.step, summary.signal) == (7, signal.SIGHUP)
+    assert Checkpoints(tmp_path).load().step == 7
+    with pytest.raises(Second):
+        function_run(None, (Send(7, signal.SIGHUP, signal.SIGTERM),)).fit()
+
+
 def test_the_handlers_from_before_come_back():
     before = [signal.getsignal(number) for number in CAUGHT]
     function_run(None).fit()

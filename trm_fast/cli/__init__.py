@@ -7,7 +7,6 @@ interrupted.
 
 import argparse
 import difflib
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,6 +16,8 @@ from typing import NoReturn
 from trm_fast._errors import BackendError
 from trm_fast._version import __version__
 from trm_fast.cli._own_commands import add_own_commands, own_commands, run_own_command
+from trm_fast.cli._streams import code_of, prepare, settled
+from trm_fast.train.display import Display
 
 # The first sentences of the commands stand here so that `trm-fast --help` imports no torch.
 COMMANDS = {
@@ -40,6 +41,7 @@ _EXTRAS = {
     "rich": "train",
     "safetensors": "train",
     "tensorboard": "track",
+    "wandb": "wandb",
     "yaml": "train",
 }
 
@@ -64,14 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    prepare()
+    return settled(_code(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _code(argv: list[str]) -> int:
+    """Runs a command; returns its exit code, and prints the line of an error."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(argv)
     except SystemExit as stop:  # how argparse ends --help and --version
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BrokenPipeError:
-        # The reader of our output, such as head, is gone; the interpreter would flush once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError as error:
+        return code_of(error)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except FloatingPointError as error:
@@ -83,10 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f'{missing} is not installed: pip install "trm_fast[{_EXTRAS[missing]}]"', 2)
     except OSError as error:
         # Without the number, which str() of it begins with.
-        plain = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(plain, 2)
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename else reason, 2)
     except (ValueError, TypeError, BackendError) as error:
         return _fail(str(error), 2)
+    except (MemoryError, ImportError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        return _fail(f"there must be enough memory, and is not: {_first_line(error)}", 2)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Returns whether an error says that memory, or a thread or library that needs some, could not
+    be had. torch says so in words."""
+    words = ("allocate memory", "out of memory", "failed to map", "can't start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _run(argv: list[str]) -> int:
@@ -133,5 +154,6 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print("trm-fast:", " ".join(message.split()), file=sys.stderr)
+    # Without a stderr, print would take stdout.
+    print("trm-fast:", " ".join(message.split()), file=Display(sys.stderr))
     return code

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from importlib import import_module
 from types import ModuleType
 
+from trm_fast.cli._streams import display_only
 from trm_fast.recipes import RECIPES
 
 # Sentences for ``trm-fast --help``, where there are better ones than the general one.
@@ -66,7 +67,8 @@ def add_own_commands(command: str, parser: argparse.ArgumentParser) -> None:
 
 
 def run_own_command(command: str, args: argparse.Namespace) -> int:
-    """Runs the command of the recipe ``args.recipe``; returns its exit code.
+    """Runs the command of the recipe ``args.recipe``; returns its exit code. It may train for
+    hours, so what it prints is only shown.
 
     Raises:
         ValueError: none is named.
@@ -74,7 +76,8 @@ def run_own_command(command: str, args: argparse.Namespace) -> int:
     modules = _modules(command)
     if args.recipe is None:
         raise ValueError(f"{command}: name a recipe; choose from {', '.join(modules)}")
-    code: int = import_module(modules[args.recipe]).run(args)
+    with display_only():
+        code: int = import_module(modules[args.recipe]).run(args)
     return code
 
 

@@ -1,8 +1,8 @@
 """Tables on a terminal: with rich when a person looks, else as aligned lines."""
 
-import sys
 from collections.abc import Sequence
 
+from trm_fast.train.display import is_terminal
 from trm_fast.train.reports.tables import Table
 
 
@@ -15,7 +15,7 @@ def show(table: Table) -> None:
     rows = [tuple(map(printable, row)) for row in table.rows]
     if not rows:
         return
-    if sys.stdout.isatty():
+    if is_terminal():
         _show_rich(table, rows)
         return
     print(f"\n{printable(table.title)}")

@@ -1,7 +1,6 @@
 """``trm-fast report``: what runs have been, as tables, curves and a page."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     reports = [read_run(run) for path in args.runs for run in runs_in("report", path)]
     _show(reports)
-    sys.stdout.flush()
+    print(end="", flush=True)  # before what takes time
     for line in _write(reports, args.out or args.runs[0], args.html):
         print(line)
     return 0

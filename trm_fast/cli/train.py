@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from trm_fast.cli import COMMANDS, suggest
+from trm_fast.cli._streams import display_only
 from trm_fast.recipes import RECIPES, load
 
 HELP = COMMANDS["train"]
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         if len(runs) > 1:
             print(f"runs         {len(runs)}: {', '.join(runs)}; this was {name}")
         return 0
-    return train(recipe, options.config, resume=options.resume, overwrite=options.overwrite)
+    with display_only():
+        return train(recipe, options.config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _rehearse(config: Any, trainer: Any) -> None:

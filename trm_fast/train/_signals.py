@@ -54,7 +54,8 @@ class StopRequest:
 @contextmanager
 def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
     """Turns the first of these signals into a request; the second does what it always did. What the
-    process ignores, as under nohup, stays ignored.
+    process ignores, as under nohup, stays ignored. A terminal that is closed says so more than
+    once, through its shell and through the kernel: after SIGHUP, another SIGHUP asks nothing new.
 
     Args:
         say: is given one line for the person who waits.
@@ -75,7 +76,12 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def catch(number: int, frame: FrameType | None) -> None:
+        # A terminal that closes may send it twice, by the shell and by the kernel.
+        if request.signal == number == signal.SIGHUP:
+            return
         restore()
+        if number == signal.SIGHUP:
+            signal.signal(number, catch)
         name = signal.Signals(number).name
         say(f"{name}: stopping after this step and saving; once more stops at once")
         request.caught(number)

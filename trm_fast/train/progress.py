@@ -3,17 +3,18 @@
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO, cast
 
 from trm_fast.train.callbacks import Callback
+from trm_fast.train.display import Display, is_terminal, show_line
 from trm_fast.train.run import Record, Run, Step
 
 _BYTES = 200  # of a line, with its end
 
 
 class Progress(Callback):
-    """Shows how a run goes: with rich on a terminal, else as lines of at most 200 bytes.
+    """Shows how a run goes: with rich on a terminal, else as lines of at most 200 bytes. A terminal
+    that is closed, or whatever else cannot show it, changes nothing in the run.
 
     Args:
         metrics: names of the metrics that are shown, where there are any.
@@ -28,7 +29,7 @@ class Progress(Callback):
         bar: bool | None = None,
     ) -> None:
         self.shown = tuple(metrics)
-        self.bar = sys.stdout.isatty() if bar is None else bar
+        self.bar = is_terminal() if bar is None else bar
         self.every = every
         self._last = 0
         self._display: Any = None
@@ -38,6 +39,7 @@ class Progress(Callback):
         if not self.bar or not run.world.is_main:
             return
         from rich import progress
+        from rich.console import Console
 
         self._display = progress.Progress(
             progress.TextColumn("{task.description}"),
@@ -46,6 +48,7 @@ class Progress(Callback):
             progress.TextColumn("{task.fields[shown]}"),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(file=cast(TextIO, Display(sys.stdout))),
         )
         self._task = self._display.add_task(
             "steps", total=run.config.steps, completed=run.step, shown=""
@@ -93,10 +96,8 @@ class Progress(Callback):
         line = _cut(line)
         if self._display is not None:
             self._display.console.print(line, highlight=False, markup=False)
-            return
-        # A terminal that is gone, or a reader that has left, ends no run.
-        with suppress(OSError):
-            print(line, flush=True)
+        else:
+            show_line(line)
 
 
 def _shown_as(name: str, value: float) -> str:

@@ -1,10 +1,9 @@
 """``Trainer``: the loop of every recipe, from plain torch objects."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -33,6 +32,7 @@ from trm_fast.train.callbacks import Callback, by_name, is_better, metric
 from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
 from trm_fast.train.curriculum import Curriculum, Stage
+from trm_fast.train.display import warn_from_handler
 from trm_fast.train.distributed import World, gathered
 from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.meter import Meter
@@ -671,7 +671,5 @@ class Trainer:
         self.files.append(METRICS, record)
 
     def _say(self, line: str) -> None:
-        # A handler of signals may have interrupted a print, which must not be entered twice.
         if self.world.is_main:
-            with suppress(OSError):
-                os.write(2, f"{line}\n".encode())
+            warn_from_handler(line)

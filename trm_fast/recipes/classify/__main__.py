@@ -2,6 +2,6 @@
 
 import sys
 
-from trm_fast.cli import main
+from trm_fast.__main__ import start
 
-sys.exit(main(["train", "classify", *sys.argv[1:]]))
+start(["train", "classify", *sys.argv[1:]])

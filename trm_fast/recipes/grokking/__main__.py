@@ -2,6 +2,6 @@
 
 import sys
 
-from trm_fast.cli import main
+from trm_fast.__main__ import start
 
-sys.exit(main(["train", "grokking", *sys.argv[1:]]))
+start(["train", "grokking", *sys.argv[1:]])

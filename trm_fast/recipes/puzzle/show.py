@@ -1,6 +1,5 @@
 """Shows how a trained model solves a puzzle, one supervision step after the other."""
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from trm_fast.data.puzzles import PuzzleSet, evaluation_batches
 from trm_fast.nn import TinyRecursiveModel
 from trm_fast.nn.evaluating import evaluating
+from trm_fast.train.display import is_terminal
 
 Draw = Callable[[Tensor, Tensor, Tensor], list[str]]
 
@@ -95,7 +95,7 @@ def _cell(tokens: Tensor, inputs: Tensor, labels: Tensor, place: int) -> str:
     token, given = int(tokens[place]), int(inputs[place]) > 1
     text = str(token - 1) if token > 1 else "."
     wrong = token != int(labels[place])
-    if not sys.stdout.isatty():
+    if not is_terminal():
         return f"{'*' if wrong else ' '}{text}"
     return f" \x1b[1m{text}\x1b[0m" if given else f" \x1b[31m{text}\x1b[0m" if wrong else f" {text}"
 
