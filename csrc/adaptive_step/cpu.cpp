@@ -15,6 +15,7 @@
 #include "adaptive_step/math.h"
 #include "adaptive_step/settings.h"
 #include "adaptive_step/table.h"
+#include "common/checks.h"
 #include "common/cpu_floats.h"
 #include "common/per_cpu.h"
 
@@ -327,7 +328,8 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
                         std::vector<double> numbers, std::optional<Tensor> lr_at, std::optional<Tensor> weight_decay_at,
                         std::optional<Tensor> lamb_at, std::optional<Tensor> grad_scale,
                         std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
-  STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
+  STD_TORCH_CHECK(trm_fast::is_table(table, kColumns), "adaptive_step: the table must have ", kColumns,
+                  " columns of int64 side by side");
   const Addresses at{address(lr_at),      address(weight_decay_at), address(lamb_at),
                      address(grad_scale), address(found_inf),       address(clip)};
   Settings settings = make_settings(rule, filter, numbers, at);

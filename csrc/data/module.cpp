@@ -3,7 +3,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "data/listops.h"
@@ -24,6 +27,27 @@ using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Numbers = py::array_t<int64_t, py::array::c_style>;
 
 Bytes bytes(py::ssize_t rows, py::ssize_t columns) { return Bytes({rows, columns}); }
+
+// Python checks what users give; what is called past it must not read or write outside of an array.
+void require(bool holds, const char* required) {
+  if (!holds) throw std::invalid_argument(std::string("_data: ") + required);
+}
+
+sudoku::Board board_of(int box_rows, int box_columns) {
+  const int64_t size = int64_t{box_rows} * box_columns;
+  require(box_rows > 0 && box_columns > 0 && size <= sudoku::kMaxSize, "a box must have 1 to 9 cells");
+  return sudoku::Board(box_rows, box_columns);
+}
+
+int64_t maze_cells(int height, int width) {
+  const int64_t cells = int64_t{height} * width;
+  require(height >= 3 && width >= 3 && cells <= 1 << 30, "height and width must be >= 3, and cells at most 2^30");
+  return cells;
+}
+
+void require_rows(const Bytes& tokens, int64_t columns) {
+  require(tokens.ndim() == 2 && tokens.shape(1) == columns, "an array must have one row of cells for each item");
+}
 
 // Which items to make, from which attempt on.
 struct Items {
@@ -52,7 +76,8 @@ Numbers attempt(const Items& items, const Make& make) {
 
 std::tuple<Bytes, Bytes, Numbers> generate_sudoku(const Items& items, int box_rows, int box_columns, int fewest_clues,
                                                   int most_clues, bool unique, int least_depth, int most_depth) {
-  const sudoku::Board board(box_rows, box_columns);
+  const sudoku::Board board = board_of(box_rows, box_columns);
+  require(0 <= fewest_clues && fewest_clues <= most_clues && most_clues <= board.cells(), "clues must fit the board");
   const sudoku::Wanted wanted{fewest_clues, most_clues, unique, least_depth, most_depth};
   Bytes puzzles = bytes(items.indices.size(), board.cells()), solutions = bytes(items.indices.size(), board.cells());
   uint8_t *puzzle = puzzles.mutable_data(), *solution = solutions.mutable_data();
@@ -65,8 +90,12 @@ std::tuple<Bytes, Bytes, Numbers> generate_sudoku(const Items& items, int box_ro
 
 std::tuple<Bytes, Numbers, Numbers, Numbers> solve_sudoku(const Bytes& puzzles, int box_rows, int box_columns,
                                                           int threads) {
-  const sudoku::Board board(box_rows, box_columns);
+  const sudoku::Board board = board_of(box_rows, box_columns);
+  require_rows(puzzles, board.cells());
   const int64_t count = puzzles.shape(0), cells = board.cells();
+  const bool known =
+      std::all_of(puzzles.data(), puzzles.data() + count * cells, [&](uint8_t digit) { return digit <= board.size(); });
+  require(known, "digits must be 0 to the size of the board");
   Bytes solutions = bytes(count, cells);
   Numbers numbers(count), depths(count), guesses(count);
   const uint8_t* puzzle = puzzles.data();
@@ -89,7 +118,8 @@ std::tuple<Bytes, Numbers, Numbers, Numbers> solve_sudoku(const Bytes& puzzles, 
 std::tuple<Bytes, Bytes, Numbers> generate_mazes(const Items& items, int height, int width, int openings,
                                                  int min_path) {
   const maze::Wanted wanted{height, width, openings, min_path};
-  const int64_t cells = int64_t{height} * width;
+  const int64_t cells = maze_cells(height, width);
+  require(openings >= 0 && min_path >= 1, "openings must be >= 0 and min_path >= 1");
   Bytes inputs = bytes(items.indices.size(), cells), labels = bytes(items.indices.size(), cells);
   uint8_t *input = inputs.mutable_data(), *label = labels.mutable_data();
   const Numbers accepted = attempt(items, [&](const Random& random, int64_t i) {
@@ -99,7 +129,9 @@ std::tuple<Bytes, Bytes, Numbers> generate_mazes(const Items& items, int height,
 }
 
 std::tuple<Bytes, Numbers, Numbers> solve_mazes(const Bytes& inputs, int height, int width, int threads) {
-  const int64_t count = inputs.shape(0), cells = int64_t{height} * width;
+  const int64_t cells = maze_cells(height, width);
+  require_rows(inputs, cells);
+  const int64_t count = inputs.shape(0);
   Bytes labels = bytes(count, cells);
   Numbers lengths(count), ways(count);
   const uint8_t* input = inputs.data();
@@ -121,6 +153,8 @@ std::tuple<Bytes, Numbers, Numbers> solve_mazes(const Bytes& inputs, int height,
 
 std::tuple<Bytes, Numbers> generate_listops(const Items& items, int min_length, int max_length, int max_depth,
                                             int max_args, double nesting) {
+  require(max_length >= 1 && max_depth >= 1 && max_args >= 2 && max_args <= 1 << 20 && max_length <= 1 << 30,
+          "lengths and depth must be >= 1, and max_args 2 to 2^20");
   const listops::Wanted wanted{min_length, max_length, max_depth, max_args, nesting};
   Bytes tokens = bytes(items.indices.size(), max_length);
   uint8_t* token = tokens.mutable_data();
@@ -131,6 +165,7 @@ std::tuple<Bytes, Numbers> generate_listops(const Items& items, int min_length, 
 }
 
 Numbers evaluate_listops(const Bytes& tokens, int threads) {
+  require(tokens.ndim() == 2, "tokens must be rows");
   const int64_t count = tokens.shape(0), length = tokens.shape(1);
   Numbers values(count);
   const uint8_t* token = tokens.data();
@@ -148,6 +183,8 @@ PYBIND11_MODULE(_data, m) {
   m.attr("REVISION") = kRevision;
   py::class_<Items>(m, "Items")
       .def(py::init([](uint64_t seed, Numbers indices, int64_t first, int64_t tries, int threads) {
+             require(indices.ndim() == 1, "indices must have one dimension");
+             require(first >= 0 && tries >= 0 && first <= INT64_MAX - tries, "attempts must be >= 0");
              return Items{seed, std::move(indices), first, tries, threads};
            }),
            py::arg("seed"), py::arg("indices").noconvert(), py::arg("first"), py::arg("tries"), py::arg("threads"));

@@ -10,6 +10,7 @@
 #include <array>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu_floats.h"
 #include "common/per_cpu.h"
 #include "filter_sums/table.h"
@@ -72,7 +73,8 @@ Sums sum_block(const Row& row, int64_t first, int64_t size) {
 }
 
 void filter_sums_rows(Tensor table, std::optional<Tensor> scratch) {
-  STD_TORCH_CHECK(table.size(1) == kColumns, "filter_sums: the table must have ", kColumns, " columns");
+  STD_TORCH_CHECK(trm_fast::is_table(table, kColumns), "filter_sums: the table must have ", kColumns,
+                  " columns of int64 side by side");
   const Row* rows = static_cast<const Row*>(table.data_ptr());
   const int64_t tensors = table.size(0);
   std::vector<int64_t> first(tensors + 1, 0);  // number of blocks before each tensor

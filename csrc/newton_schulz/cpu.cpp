@@ -13,6 +13,8 @@
 #include <numeric>
 #include <vector>
 
+#include "common/checks.h"
+
 using torch::stable::Tensor;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -264,7 +266,14 @@ bool newton_schulz_cpu_ready() {
 
 void newton_schulz_rows(Tensor table, std::vector<double> coefficients, std::vector<int64_t> restarts, double eps) {
   STD_TORCH_CHECK(newton_schulz_cpu_ready(), "newton_schulz: needs a CPU with AVX512-BF16");
-  STD_TORCH_CHECK(table.size(1) == kColumns, "newton_schulz: the table must have ", kColumns, " columns");
+  STD_TORCH_CHECK(trm_fast::is_table(table, kColumns), "newton_schulz: the table must have ", kColumns,
+                  " columns of int64 side by side");
+  const auto steps = static_cast<int64_t>(coefficients.size()) / 3;
+  bool fits = steps > 0 && coefficients.size() % 3 == 0;
+  for (size_t i = 0; i < restarts.size(); ++i) {
+    fits = fits && (i > 0 ? restarts[i - 1] : 0) < restarts[i] && restarts[i] < steps;
+  }
+  STD_TORCH_CHECK(fits, "newton_schulz: there must be three coefficients for each step, and restarts between steps");
   Settings settings{coefficients, {0}, eps};
   settings.cuts.insert(settings.cuts.end(), restarts.begin(), restarts.end());
   settings.cuts.push_back(coefficients.size() / 3);

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu_floats.h"
 #include "common/per_cpu.h"
 
@@ -315,25 +316,32 @@ const float* floats(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
 }
 
+void check_dim(const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK((dim == -1 || dim == -2) && x.dim() + dim >= 0,
+                  "rms_norm_residual: dim must be -1 or -2, and a dimension of x; got ", dim);
+}
+
 // Sizes that do not fit would write past the end, and no schema forbids them.
 void check(const Shape& shape, std::initializer_list<Tensor> full, const Tensor& rstd,
            std::initializer_list<std::optional<Tensor>> vectors) {
   using torch::headeronly::ScalarType;
   const bool empty = shape.samples * shape.kept == 0;
-  bool fits = rstd.scalar_type() == ScalarType::Float && (empty || rstd.numel() == shape.samples * shape.kept);
+  bool fits = rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous() &&
+              (empty || rstd.numel() == shape.samples * shape.kept);
   for (const Tensor& tensor : full) {
     const bool read = tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::BFloat16;
     fits = fits && read && tensor.scalar_type() == full.begin()->scalar_type() && tensor.is_contiguous() &&
            tensor.numel() == shape.samples * shape.size * shape.kept;
   }
   for (const auto& vector : vectors) {
-    fits = fits && (!vector || (vector->scalar_type() == ScalarType::Float && vector->numel() == shape.size));
+    fits = fits && (!vector || trm_fast::is_plain(*vector, ScalarType::Float, {shape.size}));
   }
   STD_TORCH_CHECK(fits, "rms_norm_residual: needs contiguous float32 or bfloat16 tensors of fitting sizes");
 }
 
 void rms_norm_residual(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, int64_t dim, double eps,
                        Tensor out, std::optional<Tensor> sum, Tensor rstd) {
+  check_dim(x, dim);
   const Shape shape(x, dim);
   check(shape, {x, residual.value_or(x), out, sum.value_or(x)}, rstd, {weight});
   const Forward work{shape,          {Array(x), Array(residual)},          Array(out), Array(sum),
@@ -357,6 +365,7 @@ void add_parts(float* out, const std::vector<float>& parts, int64_t tasks, int64
 void rms_norm_residual_backward(Tensor dout, std::optional<Tensor> dsum, Tensor x, std::optional<Tensor> residual,
                                 std::optional<Tensor> weight, Tensor rstd, int64_t dim, bool normalised, Tensor dx,
                                 std::optional<Tensor> dweight) {
+  check_dim(x, dim);
   const Shape shape(x, dim);
   check(shape, {dout, dsum.value_or(x), x, residual.value_or(x), dx}, rstd, {weight, dweight});
   const int64_t tasks = shape.tasks();

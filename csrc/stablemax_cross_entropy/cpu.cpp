@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu_floats.h"
 #include "common/per_cpu.h"
 
@@ -247,9 +248,15 @@ int64_t storage_of(const Tensor& tensor) {
 
 Logits logits_of(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 3, "stablemax_cross_entropy: logits must be [batch, length, vocabulary]");
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "stablemax_cross_entropy: logits must be float32, bfloat16 or float16");
   const int64_t length = tensor.size(1), vocabulary = tensor.size(2);
-  STD_TORCH_CHECK((vocabulary == 1 || tensor.stride(2) == 1) && (length == 1 || tensor.stride(1) == vocabulary),
-                  "stablemax_cross_entropy: tokens must lie side by side");
+  STD_TORCH_CHECK(vocabulary > 0, "stablemax_cross_entropy: the vocabulary must not be empty");
+  // Nothing is read of what is empty, whatever its strides.
+  const bool side_by_side =
+      (vocabulary == 1 || tensor.stride(2) == 1) && (length == 1 || tensor.stride(1) == vocabulary);
+  STD_TORCH_CHECK(tensor.numel() == 0 || side_by_side, "stablemax_cross_entropy: tokens must lie side by side");
   return {static_cast<const char*>(tensor.data_ptr()), length, vocabulary, tensor.stride(0), storage_of(tensor)};
 }
 
@@ -266,6 +273,8 @@ void forward(const Logits& logits, const Tokens& tokens, int64_t batch) {
 Outputs cross_entropy_forward(Tensor given, Tensor labels, int64_t ignore_index, bool stablemax) {
   const Logits logits = logits_of(given);
   const int64_t batch = given.size(0), length = logits.length;
+  STD_TORCH_CHECK(trm_fast::is_plain(labels, ScalarType::Long, {batch, length}),
+                  "stablemax_cross_entropy: labels must be contiguous int64 of the batch and length of the logits");
   Tensor loss = torch::stable::empty({batch}, ScalarType::Float);
   Tensor predictions = torch::stable::empty({batch, length}, ScalarType::Long);
   Tensor correct = torch::stable::empty({batch}, ScalarType::Long);
@@ -365,6 +374,15 @@ void backward(const Logits& logits, const Tokens& tokens, int64_t batch, const f
 Tensor cross_entropy_backward(Tensor grad, Tensor given, Tensor labels, Tensor predictions, Tensor others, Tensor valid,
                               int64_t ignore_index, bool stablemax) {
   const Logits logits = logits_of(given);
+  const int64_t batch = given.size(0), length = logits.length;
+  bool fits = trm_fast::is_plain(grad, ScalarType::Float, {batch}) &&
+              trm_fast::is_plain(valid, ScalarType::Long, {batch}) &&
+              trm_fast::is_plain(labels, ScalarType::Long, {batch, length}) &&
+              trm_fast::is_plain(predictions, ScalarType::Long, {batch, length}) &&
+              trm_fast::is_plain(others, ScalarType::Float, {batch, length});
+  const auto* index = fits ? static_cast<const int64_t*>(predictions.data_ptr()) : nullptr;
+  for (int64_t i = 0; fits && i < batch * length; ++i) fits = index[i] >= 0 && index[i] < logits.vocabulary;
+  STD_TORCH_CHECK(fits, "stablemax_cross_entropy: needs what its forward pass has given, and one gradient each");
   Tensor out = torch::stable::empty({given.size(0), logits.length, logits.vocabulary}, given.scalar_type());
   const Tokens tokens{static_cast<const int64_t*>(labels.data_ptr()), static_cast<int64_t*>(predictions.data_ptr()),
                       static_cast<float*>(others.data_ptr()), nullptr, ignore_index};

@@ -9,6 +9,8 @@
 
 #include <vector>
 
+#include "common/checks.h"
+
 using torch::stable::Tensor;
 
 namespace {
@@ -323,24 +325,67 @@ void backward(const Arguments&, const CallGradients&) {}
 
 namespace {
 
-void check(const Tensor& x) {
-  STD_TORCH_CHECK(ready(is_bfloat16(x)),
+using torch::headeronly::ScalarType;
+
+bool states_fit(const Tensor& x, std::initializer_list<Tensor> others) {
+  const ScalarType type = x.scalar_type();
+  if ((type != ScalarType::Float && type != ScalarType::BFloat16) || x.dim() != 2) return false;
+  bool fits = x.size(1) > 0 && x.is_contiguous();
+  for (const Tensor& other : others) fits = fits && trm_fast::is_plain(other, type, {x.size(0), x.size(1)});
+  return fits;
+}
+
+// Six tensors for the network of z, which sees three states, and for that of y, which sees two.
+bool weights_fit(const std::vector<Tensor>& weights, int64_t hidden) {
+  if (weights.size() != 12) return false;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t place = i % 6, columns = place == 2 ? hidden : (i < 6 ? 3 : 2) * hidden;
+    const bool fits = place == 0 || place == 2 ? trm_fast::is_plain(weights[i], ScalarType::Float, {hidden, columns})
+                                               : trm_fast::is_plain(weights[i], ScalarType::Float, {hidden});
+    if (!fits) return false;
+  }
+  return true;
+}
+
+// What is saved fills memory without gaps, for an even number of rows.
+bool saved_fits(const Arguments& a) {
+  const int64_t rounds = static_cast<int64_t>(a.scales.size());
+  if (a.steps < 1 || rounds < 1 || a.grad_rounds < 0 || a.grad_rounds > rounds) return false;
+  if (a.grad_rounds == 0) return true;
+  const int64_t rows = a.x.size(0) + a.x.size(0) % 2, hidden = a.x.size(1);
+  const int64_t updates = a.grad_rounds * (a.steps + 1), kept = a.kept.numel() > 0 ? updates : 0;
+  const auto is = [&](const Tensor& t, ScalarType type, int64_t size) {
+    return t.scalar_type() == type && t.is_contiguous() && t.numel() == size;
+  };
+  return is(a.states, a.x.scalar_type(), (updates + 1) * rows * hidden) &&
+         is(a.kept, a.x.scalar_type(), 3 * kept * rows * hidden) && is(a.norms, ScalarType::Float, kept * rows);
+}
+
+void check(const Arguments& a, std::initializer_list<Tensor> states, const std::vector<Tensor>& gradients) {
+  STD_TORCH_CHECK(states_fit(a.x, states) && weights_fit(a.weights, a.x.size(1)) &&
+                      weights_fit(gradients, a.x.size(1)) && saved_fits(a),
+                  "vector_latent_update: needs contiguous float32 or bfloat16 states, float32 weights and counts "
+                  "that fit");
+  STD_TORCH_CHECK(ready(is_bfloat16(a.x)),
                   "vector_latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
-  STD_TORCH_CHECK(x.size(1) % 32 == 0, "vector_latent_update: needs a hidden size in multiples of 32");
+  STD_TORCH_CHECK(a.x.size(1) % 32 == 0, "vector_latent_update: needs a hidden size in multiples of 32");
 }
 
 // The arguments of both are those of their schemas.
 void vector_latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, std::vector<double> scales,
                                   int64_t steps, int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms) {
-  check(x);
-  forward({x, weights, scales, steps, grad_rounds, states, kept, norms}, y, z);
+  const Arguments arguments{x, weights, scales, steps, grad_rounds, states, kept, norms};
+  check(arguments, {y, z}, weights);
+  forward(arguments, y, z);
 }
 
 void vector_latent_update_backward(Tensor x, std::vector<Tensor> weights, std::vector<double> scales, int64_t steps,
                                    int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms, Tensor dx, Tensor dy,
                                    Tensor dz, std::vector<Tensor> gradients) {
-  check(x);
-  backward({x, weights, scales, steps, grad_rounds, states, kept, norms}, {dx, dy, dz, gradients});
+  const Arguments arguments{x, weights, scales, steps, grad_rounds, states, kept, norms};
+  check(arguments, {dx, dy, dz}, gradients);
+  STD_TORCH_CHECK(grad_rounds > 0, "vector_latent_update: a backward pass needs rounds with gradients");
+  backward(arguments, {dx, dy, dz, gradients});
 }
 
 }  // namespace

@@ -126,3 +126,34 @@ def test_bounded_draws_are_uniform():
 def test_threads_default_to_the_cores_of_the_process():
     assert _items.thread_count("me", None) >= 1
     assert _items.thread_count("me", 3) == 3
+
+
+# Called below the checks of the pages.
+
+ITEMS = (1, np.arange(2), 0, 1, 1)
+HOSTILE = {
+    "a row too short": lambda m: m.solve_sudoku(np.zeros((1, 15), np.uint8), 2, 2, 1),
+    "no rows": lambda m: m.solve_sudoku(np.zeros(16, np.uint8), 2, 2, 1),
+    "a digit too large": lambda m: m.solve_sudoku(np.full((1, 16), 200, np.uint8), 2, 2, 1),
+    "a board too large": lambda m: m.solve_sudoku(np.zeros((1, 1 << 16), np.uint8), 16, 16, 1),
+    "a box of nothing": lambda m: m.generate_sudoku(m.Items(*ITEMS), 0, 3, 1, 2, False, 0, -1),
+    "a box that overflows": lambda m: m.generate_sudoku(
+        m.Items(*ITEMS), 1 << 16, 1 << 16, 1, 2, False, 0, -1
+    ),
+    "clues in reverse": lambda m: m.generate_sudoku(m.Items(*ITEMS), 2, 2, 9, 4, False, 0, -1),
+    "a maze without inside": lambda m: m.generate_mazes(m.Items(*ITEMS), 2, 5, 0, 1),
+    "a maze that overflows": lambda m: m.generate_mazes(m.Items(*ITEMS), 1 << 16, 1 << 16, 0, 1),
+    "openings below zero": lambda m: m.generate_mazes(m.Items(*ITEMS), 5, 5, -1, 1),
+    "another maze": lambda m: m.solve_mazes(np.zeros((1, 24), np.uint8), 5, 5, 1),
+    "tokens of no length": lambda m: m.generate_listops(m.Items(*ITEMS), 0, 0, 2, 3, 0.5),
+    "one argument": lambda m: m.generate_listops(m.Items(*ITEMS), 1, 9, 2, 1, 0.5),
+    "tokens without rows": lambda m: m.evaluate_listops(np.zeros(3, np.uint8), 1),
+    "indices of two dimensions": lambda m: m.Items(1, np.zeros((2, 2), np.int64), 0, 1, 1),
+    "attempts that overflow": lambda m: m.Items(1, np.arange(2), 1, 2**63 - 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_module_refuses_what_lies_outside_of_its_arrays(built, case):
+    with pytest.raises(ValueError, match="_data: "):
+        HOSTILE[case](_native.choose("me", True))
