@@ -1,6 +1,5 @@
 """Trains what some settings of a recipe stand for: one run, or several, one after another."""
 
-import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import directory_of, from_json, leaves, replaced, to_json
 from trm_fast.train import Checkpoints, RunDirectory, Summary, Trainer, files
+from trm_fast.train._launch import launched
 from trm_fast.train.run_directory import FILES
 
 Config = TypeVar("Config")
@@ -102,7 +102,7 @@ def _directory(recipe: Recipe[Any], config: Any) -> Path:
 def _is_main() -> bool:
     """Returns whether this process writes and prints. The group of processes is left to the
     trainer, whose device decides how they talk to each other."""
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    rank = dist.get_rank() if dist.is_initialized() else launched()[0]
     return rank == 0
 
 

@@ -107,8 +107,8 @@ def add_metrics(
         return
     found = {name: callback.metrics() for name, callback in adding.items()}
     names = {name: {*metrics} for name, metrics in found.items()}
-    for part in world.gather(names) if world.size > 1 else ():
-        names = {name: keys | part[name] for name, keys in names.items()}
+    for part in world.gather({name: [*keys] for name, keys in names.items()}):
+        names = {name: keys.union(part[name]) for name, keys in names.items()}
     owners = dict.fromkeys(record, "the trainer")
     for name, keys in names.items():
         for key in sorted(keys):

@@ -1,11 +1,11 @@
 """Several processes under ``torchrun``: data parallel or FSDP2, and state that is whole on each."""
 
-import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -16,19 +16,64 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from trm_fast.train._launch import check_master, launched, local_rank, timeout
+from trm_fast.train.checkpoints.state import (
+    dumps,
+    flatten,
+    from_safetensors,
+    loads,
+    to_safetensors,
+    unflatten,
+)
 from trm_fast.train.config import Strategy
 
 _NONE, _DENSE, _SPARSE = range(3)  # kinds of gradients
+# The modules through which everything goes from one process to another.
+_EXCHANGES = {"torch.distributed.distributed_c10d", "torch.distributed._functional_collectives"}
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Says in one line that an exchange has failed, whoever has begun it: FSDP2 does so within the
+    passes.
+
+    Raises:
+        ConnectionError: in the place of what torch raises then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # torch has no type of its own for most of these errors, but one place for each exchange.
+        frames = (frame.f_globals["__name__"] for frame, _ in walk_tb(error.__traceback__))
+        if not isinstance(error, dist.DistError) and _EXCHANGES.isdisjoint(frames):
+            raise
+        raise _lost(error) from error
+
+
+def _lost(error: RuntimeError) -> ConnectionError:
+    # Without the place in the source of gloo, and its advice.
+    reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+    return ConnectionError(
+        f"Trainer: all processes must answer within {timeout().total_seconds():g} s "
+        f"(TRM_FAST_TIMEOUT); one has ended or stands still, as its log may tell: {reason}"
+    )
 
 
 class World:
     """The processes of a run; one process is a world of its own.
 
     Under ``torchrun`` the process group is made here, unless there is one: NCCL for GPUs, gloo for
-    the CPU.
+    the CPU. A process that ends without a word ends the others with their next exchange, and one
+    that stands still after TRM_FAST_TIMEOUT seconds (600 if that is not set). What processes tell
+    each other are tensors and JSON.
 
     Args:
         device: "auto" (a GPU if there is one), or what ``torch.device`` takes.
+
+    Raises:
+        ValueError: the device cannot be used, or the environment says only half of the processes,
+            such as RANK without WORLD_SIZE.
+        ConnectionError: the other processes have not come in time.
 
     Attributes:
         rank: of this process.
@@ -37,22 +82,26 @@ class World:
     """
 
     def __init__(self, device: str | torch.device = "auto") -> None:
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _device(device)
+        grouped = dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else launched()
+        self.device = _device(device, self.size)
         self._control: Any = None
         self._pending: tuple[Tensor, dist.Work] | None = None
-        if dist.is_initialized():
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        elif self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if self.size > 1:
-            self._control = dist.new_group(backend="gloo")
+        if self.size == 1:
+            return
+        with lost_processes():
+            if not grouped:
+                check_master(self.rank)
+                backend = "nccl" if self.device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=timeout())
+            self._control = dist.new_group(backend="gloo", timeout=timeout())
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    @lost_processes()
     def prepare(self, model: nn.Module, strategy: Strategy) -> None:
         """Gives every process the weights and buffers of the first one; with "fsdp2" shards the
         weights in place. Nothing overwrites a buffer after that: each process has its own."""
@@ -119,7 +168,10 @@ class World:
         found = None
         if self._pending is not None:
             flag, work = self._pending
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise _lost(error) from error
             found = int(flag) or None
         flag = torch.tensor(number or 0)
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
@@ -154,21 +206,31 @@ class World:
         )
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns a plain value of every process, in the order of their ranks."""
-        found = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(found, value, group=self._control)
-        return found
+        """Returns a plain value of every process, in the order of their ranks: None, bool, int,
+        float, str, or lists, tuples and dicts of these."""
+        if self.size == 1:
+            return [value]
+        parts = self._padded_bytes(_packed(value))
+        found = [torch.empty_like(parts) for _ in range(self.size)]
+        dist.all_gather(found, parts, group=self._control)
+        return [_unpacked(part) for part in found]
 
     def collect(self, state: Any) -> list[Any]:
         """Returns a nested state of each process, on the CPU, to the first one; the others get an
-        empty list."""
+        empty list. A state is what a checkpoint can hold."""
         if self.size == 1:
             return [state]
-        own = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, state)
-        found: list[Any] = [None] * self.size
-        dist.gather_object(own, found if self.is_main else None, group=self._control)
-        return found if self.is_main else []
+        own = self._padded_bytes(_packed(state))
+        found = [torch.empty_like(own) for _ in range(self.size)] if self.is_main else None
+        dist.gather(own, found, group=self._control)
+        return [_unpacked(part) for part in found or ()]
+
+    def _padded_bytes(self, data: bytearray) -> Tensor:
+        """Returns bytes, with zeros behind them up to the length of the longest of all."""
+        most = torch.tensor(len(data))
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._control)
+        data.extend(bytes(int(most) - len(data)))
+        return torch.frombuffer(data, dtype=torch.uint8)
 
     def own_values(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those of some tensors, of the same names and shapes everywhere, that differ from
@@ -207,6 +269,26 @@ class World:
         """Waits for all processes."""
         if self.size > 1:
             dist.barrier(group=self._control)
+
+
+def _packed(state: Any) -> bytearray:
+    """Returns a state as its tree in JSON and a safetensors file of its tensors, each behind its
+    length."""
+    tensors, tree = flatten(state, "state")
+    data = bytearray()
+    for part in (dumps(tree), b"".join(to_safetensors(tensors)) if tensors else b""):
+        data += len(part).to_bytes(8, "little") + part
+    return data
+
+
+def _unpacked(data: Tensor) -> Any:
+    raw, parts, start = data.numpy().tobytes(), [], 0
+    for _ in range(2):
+        length = int.from_bytes(raw[start : start + 8], "little")
+        parts.append(raw[start + 8 : start + 8 + length])
+        start += 8 + length
+    tensors = from_safetensors(parts[1]) if parts[1] else {}
+    return unflatten(loads(parts[0], "state of a process"), tensors)
 
 
 def whole(state: Any) -> Any:
@@ -277,13 +359,13 @@ def device_name(device: torch.device) -> str:
     return f"{found[1].strip() if found else platform.machine()} ({device})"
 
 
-def _device(device: str | torch.device) -> torch.device:
+def _device(device: str | torch.device, size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
         if found.type == "cuda" and found.index is None:
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            found = torch.device("cuda", local_rank(torch.cuda.device_count(), size))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         # torch says in words and exception types that differ by device why it cannot be used.

@@ -33,7 +33,7 @@ from trm_fast.train.checkpoints.snapshot import restore, snapshot
 from trm_fast.train.config import Summary, TrainerConfig
 from trm_fast.train.curriculum import Curriculum, Stage
 from trm_fast.train.display import warn_from_handler
-from trm_fast.train.distributed import World, gathered
+from trm_fast.train.distributed import World, gathered, lost_processes
 from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.meter import Meter
 from trm_fast.train.objective import Objective, objective_of
@@ -246,11 +246,13 @@ class Trainer:
             FileExistsError: there is a run in ``out``, and neither ``resume`` nor ``overwrite``.
             TypeError: a state is none that a checkpoint can hold; the line names its place.
             OSError: ``out`` cannot be written, or another process trains there.
+            ConnectionError: another process of the run has ended or stands still.
             NonFiniteError: too many updates in a row were skipped.
         """
         if resume and self.out is None:
             raise ValueError("Trainer: resume needs out, the directory of the run; got None")
         with ExitStack() as stack:
+            stack.enter_context(lost_processes())
             self._request = stack.enter_context(graceful_stop(self._say))
             stack.callback(self._forget_signal)
             stack.enter_context(self.files.opened(resume, overwrite))
