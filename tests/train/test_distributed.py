@@ -199,7 +199,8 @@ def test_a_checkpoint_of_two_processes_is_taken_up_by_one(strategy, played):
     assert same(saved["model"], wanted["model"])
     assert same(saved["ema"]["average"], wanted["average"])
     events = [event["event"] for event in read_records(out / "events.jsonl")]
-    assert events == ["checkpoint", "resumed"]
+    # There are other processes, and more steps.
+    assert events == ["checkpoint", "resumed", "changed", "changed"]
 
 
 def same(one: Any, other: Any) -> bool:

@@ -86,9 +86,9 @@ class RunFiles:
         except (TypeError, ValueError, OSError) as error:
             refused = error
         # The others would wait for the first process, which alone writes.
-        for reason in self.world.gather(refused):
+        for reason in self.world.gather(None if refused is None else str(refused)):
             if reason is not None:
-                raise reason
+                raise refused or ValueError(reason)
 
     def begin(self, settings: Any, said: Mapping[str, Any]) -> None:
         """Deletes the run that is overwritten and what a crash has left, and writes what the run
