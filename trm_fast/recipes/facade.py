@@ -432,11 +432,12 @@ class EpochTrainer(ABC):
             self._load(before)
             if self.batches is not None:
                 self.batches.load_state_dict(place)  # type: ignore[arg-type]
-            if isinstance(error, ValueError):
-                raise
+            reason = (
+                f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            )
             raise ValueError(
                 f"{owner}: {path} must be a file of save_checkpoint of the same trainer; got one "
-                f"that cannot be loaded ({type(error).__name__}: {error})"
+                f"that cannot be loaded ({reason})"
             ) from error
         return found
 

@@ -56,6 +56,7 @@ class StageBatches:
         self._epochs: dict[str, int] = {}
         self._present: _Present | None = None
         self._fingerprints: dict[str, str | None] = {}
+        self._earlier: dict[str, str | None] = {}  # fingerprints of a checkpoint
 
     @property
     def epochs(self) -> int:
@@ -125,6 +126,15 @@ class StageBatches:
             if name not in self._fingerprints:
                 self._fingerprints[name] = fingerprint(source)
         return dict(self._fingerprints)
+
+    def known_fingerprints(self) -> dict[str, str | None]:
+        """Returns those of ``fingerprints``, and for stages that were not made since a resume those
+        of the checkpoint."""
+        return self._earlier | self.fingerprints()
+
+    def load_fingerprints(self, found: dict[str, str | None]) -> None:
+        """Keeps what ``known_fingerprints`` returned."""
+        self._earlier = dict(found)
 
     def load_places(self, places: dict[str, Any]) -> None:
         """Goes on from what ``places`` returned; iterators from before must not be used."""

@@ -48,7 +48,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "generators": generators(world.device),
         "meter": run.meter.state_dict(),
         "batches": run.curriculum.sources.places(),
-        "data": {} if run.out is None else run.curriculum.sources.fingerprints(),
+        "data": {} if run.out is None else run.curriculum.sources.known_fingerprints(),
         "callbacks": {name: state for name, state in states.items() if state},
         "buffers": bare_names(world.own_values(_own_buffers(run))),
     }
@@ -103,9 +103,10 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
     with _taking("trainer.groups"):
         _add_groups(run, state)
     check_weights(run, state)
-    _require_same("schedules", len(run.schedules), len(saved["schedules"]))
     _restore_callbacks(run.callbacks, own["callbacks"])
     take_stage(run, state)
+    # A stage may have schedules of its own.
+    _require_same("schedules", len(run.schedules), len(saved["schedules"]))
     load_weights(run, state)
     with _taking("trainer"):
         _restore_progress(run, saved)
@@ -152,6 +153,7 @@ def _restore_process(run: Resumable, own: dict[str, Any]) -> None:
     run.objective.load_state_dict(own["objective"])
     run.extra.load_state_dict(own["extra"])
     run.meter.load_state_dict(own["meter"])
+    run.curriculum.sources.load_fingerprints(own["data"])
     set_generators(own["generators"], run.world.device)
 
 
@@ -165,7 +167,7 @@ _TRAINER: dict[str, Any] = {
 }  # fmt: skip
 _PROCESS: dict[str, Any] = {
     "objective": dict, "extra": dict, "generators": dict, "meter": dict, "batches": dict,
-    "callbacks": dict, "buffers": dict,
+    "callbacks": dict, "buffers": dict, "data": dict,
 }  # fmt: skip
 _WRAPPER = re.compile(r"(?<![^.])_orig_mod\.")
 
