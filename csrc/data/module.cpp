@@ -33,10 +33,10 @@ void require(bool holds, const char* required) {
   if (!holds) throw std::invalid_argument(std::string("_data: ") + required);
 }
 
-sudoku::Board board_of(int box_rows, int box_columns) {
+sudoku::Board board_of(int box_rows, int box_columns, const Stop& stop) {
   const int64_t size = int64_t{box_rows} * box_columns;
   require(box_rows > 0 && box_columns > 0 && size <= sudoku::kMaxSize, "a box must have 1 to 9 cells");
-  return sudoku::Board(box_rows, box_columns);
+  return sudoku::Board(box_rows, box_columns, stop);
 }
 
 int64_t maze_cells(int height, int width) {
@@ -57,17 +57,29 @@ struct Items {
   int threads;
 };
 
+// Calls work(i) for i in [0, count) without the lock of Python. An interrupt ends it, and is raised.
+template <class Work>
+void share_out(int64_t count, int threads, Stop& stop, const Work& work) {
+  {
+    const py::gil_scoped_release release;
+    parallel(count, threads, stop, work, [] {
+      const py::gil_scoped_acquire acquire;
+      return PyErr_CheckSignals() != 0;
+    });
+  }
+  if (stop) throw py::error_already_set();
+}
+
 // Calls make(random, i) for the attempts of each item; returns the attempt that was accepted, or -1.
 template <class Make>
-Numbers attempt(const Items& items, const Make& make) {
+Numbers attempt(const Items& items, Stop& stop, const Make& make) {
   const int64_t count = items.indices.size();
   Numbers accepted(count);
   const int64_t* index = items.indices.data();
   int64_t* out = accepted.mutable_data();
-  const py::gil_scoped_release release;
-  parallel(count, items.threads, [&](int64_t i) {
+  share_out(count, items.threads, stop, [&](int64_t i) {
     out[i] = -1;
-    for (int64_t a = items.first; a < items.first + items.tries && out[i] < 0; ++a) {
+    for (int64_t a = items.first; a < items.first + items.tries && out[i] < 0 && !stop; ++a) {
       if (make(Random(items.seed, index[i], a), i)) out[i] = a;
     }
   });
@@ -76,12 +88,13 @@ Numbers attempt(const Items& items, const Make& make) {
 
 std::tuple<Bytes, Bytes, Numbers> generate_sudoku(const Items& items, int box_rows, int box_columns, int fewest_clues,
                                                   int most_clues, bool unique, int least_depth, int most_depth) {
-  const sudoku::Board board = board_of(box_rows, box_columns);
+  Stop stop{false};
+  const sudoku::Board board = board_of(box_rows, box_columns, stop);
   require(0 <= fewest_clues && fewest_clues <= most_clues && most_clues <= board.cells(), "clues must fit the board");
   const sudoku::Wanted wanted{fewest_clues, most_clues, unique, least_depth, most_depth};
   Bytes puzzles = bytes(items.indices.size(), board.cells()), solutions = bytes(items.indices.size(), board.cells());
   uint8_t *puzzle = puzzles.mutable_data(), *solution = solutions.mutable_data();
-  const Numbers accepted = attempt(items, [&](const Random& random, int64_t i) {
+  const Numbers accepted = attempt(items, stop, [&](const Random& random, int64_t i) {
     const int64_t offset = i * board.cells();
     return sudoku::generate(board, wanted, random, puzzle + offset, solution + offset);
   });
@@ -90,7 +103,8 @@ std::tuple<Bytes, Bytes, Numbers> generate_sudoku(const Items& items, int box_ro
 
 std::tuple<Bytes, Numbers, Numbers, Numbers> solve_sudoku(const Bytes& puzzles, int box_rows, int box_columns,
                                                           int threads) {
-  const sudoku::Board board = board_of(box_rows, box_columns);
+  Stop stop{false};
+  const sudoku::Board board = board_of(box_rows, box_columns, stop);
   require_rows(puzzles, board.cells());
   const int64_t count = puzzles.shape(0), cells = board.cells();
   const bool known =
@@ -101,28 +115,26 @@ std::tuple<Bytes, Numbers, Numbers, Numbers> solve_sudoku(const Bytes& puzzles, 
   const uint8_t* puzzle = puzzles.data();
   uint8_t* solution = solutions.mutable_data();
   int64_t *number = numbers.mutable_data(), *depth = depths.mutable_data(), *guess = guesses.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    parallel(count, threads, [&](int64_t i) {
-      sudoku::Found found;
-      board.search(board.start(puzzle + i * cells), 2, 0, found);
-      std::memcpy(solution + i * cells, found.first, cells);
-      number[i] = found.solutions;
-      depth[i] = found.depth;
-      guess[i] = found.guesses;
-    });
-  }
+  share_out(count, threads, stop, [&](int64_t i) {
+    sudoku::Found found;
+    board.search(board.start(puzzle + i * cells), 2, 0, found);
+    std::memcpy(solution + i * cells, found.first, cells);
+    number[i] = found.solutions;
+    depth[i] = found.depth;
+    guess[i] = found.guesses;
+  });
   return {solutions, numbers, depths, guesses};
 }
 
 std::tuple<Bytes, Bytes, Numbers> generate_mazes(const Items& items, int height, int width, int openings,
                                                  int min_path) {
+  Stop stop{false};
   const maze::Wanted wanted{height, width, openings, min_path};
   const int64_t cells = maze_cells(height, width);
   require(openings >= 0 && min_path >= 1, "openings must be >= 0 and min_path >= 1");
   Bytes inputs = bytes(items.indices.size(), cells), labels = bytes(items.indices.size(), cells);
   uint8_t *input = inputs.mutable_data(), *label = labels.mutable_data();
-  const Numbers accepted = attempt(items, [&](const Random& random, int64_t i) {
+  const Numbers accepted = attempt(items, stop, [&](const Random& random, int64_t i) {
     return maze::generate(wanted, random, input + i * cells, label + i * cells);
   });
   return {inputs, labels, accepted};
@@ -137,17 +149,15 @@ std::tuple<Bytes, Numbers, Numbers> solve_mazes(const Bytes& inputs, int height,
   const uint8_t* input = inputs.data();
   uint8_t* label = labels.mutable_data();
   int64_t *length = lengths.mutable_data(), *way = ways.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    parallel(count, threads, [&](int64_t i) {
-      maze::Maze maze(height, width);
-      maze.read(input + i * cells);
-      std::memcpy(label + i * cells, input + i * cells, cells);
-      maze.write_path(label + i * cells);
-      length[i] = maze.length();
-      way[i] = maze.ways();
-    });
-  }
+  Stop stop{false};
+  share_out(count, threads, stop, [&](int64_t i) {
+    maze::Maze maze(height, width);
+    maze.read(input + i * cells);
+    std::memcpy(label + i * cells, input + i * cells, cells);
+    maze.write_path(label + i * cells);
+    length[i] = maze.length();
+    way[i] = maze.ways();
+  });
   return {labels, lengths, ways};
 }
 
@@ -155,10 +165,11 @@ std::tuple<Bytes, Numbers> generate_listops(const Items& items, int min_length, 
                                             int max_args, double nesting) {
   require(max_length >= 1 && max_depth >= 1 && max_args >= 2 && max_args <= 1 << 20 && max_length <= 1 << 30,
           "lengths and depth must be >= 1, and max_args 2 to 2^20");
+  Stop stop{false};
   const listops::Wanted wanted{min_length, max_length, max_depth, max_args, nesting};
   Bytes tokens = bytes(items.indices.size(), max_length);
   uint8_t* token = tokens.mutable_data();
-  const Numbers accepted = attempt(items, [&](const Random& random, int64_t i) {
+  const Numbers accepted = attempt(items, stop, [&](const Random& random, int64_t i) {
     return listops::generate(wanted, random, token + i * max_length);
   });
   return {tokens, accepted};
@@ -170,10 +181,8 @@ Numbers evaluate_listops(const Bytes& tokens, int threads) {
   Numbers values(count);
   const uint8_t* token = tokens.data();
   int64_t* value = values.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    parallel(count, threads, [&](int64_t i) { value[i] = listops::evaluate(token + i * length, length); });
-  }
+  Stop stop{false};
+  share_out(count, threads, stop, [&](int64_t i) { value[i] = listops::evaluate(token + i * length, length); });
   return values;
 }
 

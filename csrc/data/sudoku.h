@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "data/parallel.h"
 #include "data/random.h"
 
 namespace trm_data::sudoku {
@@ -38,7 +39,9 @@ struct Found {
 
 class Board {
  public:
-  Board(int box_rows, int box_columns) : size_(box_rows * box_columns), cells_(size_ * size_) {
+  // Searches end, with whatever they have found, as soon as `stop` is set.
+  Board(int box_rows, int box_columns, const Stop& stop)
+      : size_(box_rows * box_columns), cells_(size_ * size_), stop_(stop) {
     for (int cell = 0; cell < cells_; ++cell) {
       const int row = cell / size_, column = cell % size_;
       const int box = row / box_rows * box_rows + column / box_columns;
@@ -95,7 +98,7 @@ class Board {
 
   // Searches until `limit` solutions are found.
   void search(State state, int limit, int depth, Found& found) const {
-    if (!propagate(state)) return;
+    if (stop_ || !propagate(state)) return;
     if (state.open == 0) {
       if (found.solutions++ == 0) write(state, found.first);
       return;
@@ -195,6 +198,7 @@ class Board {
   }
 
   int size_, cells_;
+  const Stop& stop_;
   Cells all_ = 0;
   Cells units_[3 * kMaxSize] = {};
   Cells peers_[kMaxCells] = {};

@@ -317,6 +317,13 @@ def test_a_run_whose_loss_is_not_finite_exits_1(tmp_path, capsys):
         (BackendError("cpp: not built"), 2, "cpp: not built"),
         (FloatingPointError("nan"), 1, "nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "there must be enough memory, and is not: MemoryError"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\n#0 frame"),
+            2,
+            "there must be enough memory, and is not: DefaultCPUAllocator: can't allocate memory: "
+            "9 bytes",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
@@ -347,6 +354,25 @@ def test_a_reader_that_goes_away_is_no_error():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] in ("0", "141")  # it may have written all by then
+
+
+def test_the_second_interrupt_ends_the_process_without_a_traceback():
+    program = (
+        "import os, signal\n"
+        "from trm_fast import __main__, cli\n"
+        "def run(argv):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        os.kill(os.getpid(), int(argv[0]))\n"
+        "        raise\n"
+        "cli._run = run\n"
+        "__main__.start()\n"
+    )
+    for second, code, said in ((0, 130, "trm-fast: interrupted\n"), (2, -2, "")):
+        line = [sys.executable, "-c", program, str(second)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_another_missing_module_keeps_its_traceback(monkeypatch):

@@ -31,9 +31,9 @@ def checked(capsys, path):
     return code, captured.out.splitlines()
 
 
-def error_of(capsys, *argv):
+def error_of(capsys, *argv, code=2):
     capsys.readouterr()
-    assert main(["data", *map(str, argv)]) == 2
+    assert main(["data", *map(str, argv)]) == code
     text = capsys.readouterr().err
     assert text.startswith("trm-fast: ") and text.count("\n") == 1
     return text.removeprefix("trm-fast: ").rstrip()
@@ -138,14 +138,23 @@ def test_a_link_among_the_data_is_not_of_us(tmp_path, capsys):
     assert len(list((tmp_path / "elsewhere").iterdir())) > 3
 
 
-def test_an_error_leaves_nothing_and_what_was_there(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "x.npy"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_leaves_nothing_and_what_was_there(
+    tmp_path, capsys, monkeypatch, error, code, said
+):
     def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device", "x.npy")
+        raise error
 
     assert make("sudoku", tmp_path / "data", *SMALL["sudoku"]) == 0
     monkeypatch.setattr(_data_make, "write_official", fail)
     again = ("--out", tmp_path / "data", *SMALL["sudoku"], "--overwrite", "--seed", 9)
-    assert "No space left on device" in error_of(capsys, "make", "sudoku", *again)
+    assert said in error_of(capsys, "make", "sudoku", *again, code=code)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert len(read_official(tmp_path / "data")) == 20
 

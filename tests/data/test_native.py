@@ -1,5 +1,6 @@
 """The choice between the compiled generators and those in Python."""
 
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -157,3 +158,30 @@ HOSTILE = {
 def test_the_module_refuses_what_lies_outside_of_its_arrays(built, case):
     with pytest.raises(ValueError, match="_data: "):
         HOSTILE[case](_native.choose("me", True))
+
+
+def endless(module: ModuleType, name: str, threads: int) -> None:
+    """Makes what cannot be: a Sudoku of one solution without clues, or a path longer than mazes."""
+    items = module.Items(0, np.arange(3), 0, 1 << 62, threads)
+    if name == "sudoku":
+        module.generate_sudoku(items, 3, 3, 0, 0, True, 0, -1)
+    elif name == "maze":
+        module.generate_mazes(items, 9, 9, 0, 1000)
+    else:
+        module.generate_listops(items, 1000, 10, 2, 2, 0.5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["sudoku", "maze", "listops"])
+def test_an_interrupt_ends_what_would_never_end(built, name, threads):
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            endless(_native.choose("me", True), name, threads)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    # What is made afterwards is whole.
+    same = [generate_sudoku(3, 4, native=native)[0] for native in (True, False)]
+    assert np.array_equal(*same)
