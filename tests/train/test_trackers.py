@@ -1,6 +1,9 @@
 """Trackers get all metrics, and neither stop nor slow a run, whatever they do."""
 
+import sys
 import threading
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,3 +136,47 @@ def test_tensorboard_gets_the_curves(tmp_path):
 def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be one of tensorboard, wandb; got 'paper'"):
         Tracker("paper")
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_package_that_is_missing_is_named_with_its_command(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(ModuleNotFoundError, match=f"not installed: pip install {kind}$") as caught:
+        Tracker(kind)
+    assert caught.value.name == kind  # by which the command line knows the extra
+
+
+class Wandb(ModuleType):
+    """What a tracker uses of Weights & Biases."""
+
+    def __init__(self, key: str | None) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.api = SimpleNamespace(api_key=key)
+        self.steps: list[int] = []
+
+    def init(self, **settings: Any) -> Any:
+        def log(numbers: dict[str, float], step: int) -> None:
+            self.steps.append(step)
+
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "works"),
+    [(None, None, False), (None, "online", False), (None, "offline", True), ("key", None, True)],
+)
+def test_without_a_login_a_run_ends_before_its_first_step(key, mode, works, tmp_path, monkeypatch):
+    wandb = Wandb(key)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    trainer = function_run(tmp_path, (Tracker("wandb"),))
+    if works:
+        trainer.fit()
+        assert wandb.steps == [4, 5, 8, 10, 12, 12]
+        return
+    with pytest.raises(ValueError, match="run `wandb login`, or set WANDB_API_KEY"):
+        trainer.fit()
+    assert trainer.step == 0 and wandb.steps == []

@@ -1,8 +1,8 @@
 """Makes items by number, each unlike all others, and checks the arguments that generators share.
 
 An item is its first attempt that is accepted and equals no item before it. So it depends neither on
-how many items are made nor on how the work is shared out. An interrupt gets through at any time; the
-C++ form looks for one 20 times in a second.
+how many items are made nor on how the work is shared out. An interrupt gets through at any time;
+the C++ form looks for one 20 times in a second.
 """
 
 import os

@@ -1,8 +1,10 @@
 """``Tracker``: metrics to TensorBoard or Weights & Biases, from a thread of its own."""
 
+import os
 import queue
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,21 +27,28 @@ class Writer(Protocol):
 
 
 class Tracker(Callback):
-    """Hands metrics to a tracker. A tracker that raises or hangs is switched off with one event;
-    the run neither waits for it nor changes. A metric goes there as ``train/loss`` or
-    ``evaluation/accuracy``; one that has a slash in its name keeps that.
+    """Hands metrics to a tracker. One without its package or a login is an error before the first
+    step; one that raises or hangs later is switched off with one event, and the run neither waits
+    for it nor changes. A metric goes there as ``train/loss`` or ``evaluation/accuracy``; one that
+    has a slash in its name keeps that.
 
     Args:
         kind: "tensorboard" (needs tensorboard; writes below ``out``), "wandb" (needs wandb, and the
             network unless WANDB_MODE=offline), or a function of the run that returns a ``Writer``.
 
     Raises:
-        ValueError: the kind is unknown.
+        ValueError: the kind is unknown; when a run starts, "wandb" has no login.
+        ModuleNotFoundError: the package of the kind is not installed.
     """
 
     def __init__(self, kind: Literal["tensorboard", "wandb"] | Callable[[Run], Writer]) -> None:
         if isinstance(kind, str) and kind not in _WRITERS:
             raise ValueError(f"Tracker: kind must be one of {', '.join(_WRITERS)}; got {kind!r}")
+        if isinstance(kind, str) and find_spec(kind) is None:
+            raise ModuleNotFoundError(
+                f"Tracker: {kind!r} needs its package, which is not installed: pip install {kind}",
+                name=kind,
+            )
         self._make = _WRITERS[kind] if isinstance(kind, str) else kind
         self._name = (
             kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
@@ -52,6 +61,8 @@ class Tracker(Callback):
 
     def on_start(self, run: Run) -> None:
         if run.world.is_main:
+            if self._make is _wandb:
+                _check_login()
             self._run, self._fault, self._queue = run, None, queue.Queue(_QUEUE)
             self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
             self._thread.start()
@@ -134,6 +145,21 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _check_login() -> None:
+    """Refuses what would ask a person for a key, or fail, while the run goes on without it.
+
+    Raises:
+        ValueError: there is no key, and Weights & Biases is to use the network.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_MODE", "online") in ("online", "run") and not wandb.api.api_key:
+        raise ValueError(
+            "Tracker: 'wandb' must be logged in, and is not: run `wandb login`, or set "
+            "WANDB_API_KEY, or WANDB_MODE=offline to write below the directory of the run only"
+        )
 
 
 def _tensorboard(run: Run) -> Writer:
