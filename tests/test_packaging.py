@@ -189,7 +189,7 @@ def test_wheel_has_the_package_and_nothing_else(checkout: Path, unpacked: Path, 
 def test_wheel_has_licence_and_command(unpacked: Path) -> None:
     (info,) = unpacked.glob("trm_fast-*.dist-info")
     assert (info / "licenses/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
-    assert "trm-fast = trm_fast.cli:main" in (info / "entry_points.txt").read_text()
+    assert "trm-fast = trm_fast.__main__:start" in (info / "entry_points.txt").read_text()
 
 
 def test_wheel_requires_only_torch_and_numpy(unpacked: Path) -> None:
