@@ -5,9 +5,15 @@ from trm_fast.recipes.grokking import GrokkingConfig, grokking_epochs
 
 def main() -> None:
     config = GrokkingConfig(iterations=3000)
-    for found in grokking_epochs(config):
-        if found.validation_accuracy >= config.target:
-            print(f"{found.validation_accuracy:.1%} at iteration {found.iteration}")
+    for epoch, found in enumerate(grokking_epochs(config)):
+        reached = found.validation_accuracy >= config.target
+        if epoch % 10 == 0 or reached:
+            print(
+                f"iteration {found.iteration}: right are {found.train_accuracy:.1%} in training, "
+                f"{found.validation_accuracy:.1%} in validation",
+                flush=True,
+            )
+        if reached:
             break
 
 

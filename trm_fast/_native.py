@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from trm_fast._paths import shadowed
+
 # Raised, together with kRevision in csrc/common/revision.h, whenever a schema changes.
 REVISION = 5
 
@@ -30,7 +32,8 @@ def unusable(backend: str) -> str | None:
     file, revision = path(backend), _FILES[backend][1]
     rebuild = f"build it with {_SWITCH[backend]}=1 pip install --no-build-isolation ."
     if not file.exists():
-        return f"{file.name} is not built: {rebuild}"
+        hidden = shadowed(file.name)
+        return f"{file.name} is not built{hidden or ':'} {rebuild}"
     try:
         torch.ops.load_library(str(file))
     except OSError as error:

@@ -1,6 +1,7 @@
 """Paths as people write them."""
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -17,3 +18,20 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"path: ~ must stand for a home directory; got {os.fspath(path)!r}"
         ) from None
+
+
+def shadowed(pattern: str) -> str:
+    """Returns what to say where a compiled file of the package is missing in this source tree and
+    there in an installed package, which the tree hides; else nothing.
+
+    Args:
+        pattern: of the file's name.
+    """
+    own = Path(__file__).parent
+    for entry in sys.path:
+        other = Path(entry or ".") / "trm_fast"
+        if other.resolve() != own.resolve() and any(other.glob(pattern)):
+            return (
+                f" in {own}, which hides the installed {other}: leave the folder of the clone, or"
+            )
+    return ""

@@ -284,7 +284,7 @@ def test_a_yaml_file_executes_nothing(tmp_path, capsys):
 
 def test_a_value_out_of_range_is_one_line(tmp_path, capsys):
     text = error_of(capsys, *grokking(tmp_path, "--target", "95"))
-    assert text == "trm-fast: grokking: target must be in [0, 1]; got 95.0\n"
+    assert text == "trm-fast: --target must be in [0, 1]; got 95.0\n"
 
 
 def test_an_existing_run_is_not_overwritten_silently(tmp_path, capsys):

@@ -158,7 +158,7 @@ def test_no_whole_checkpoint_is_an_error(run, capsys):
         (sets("batch=many"), "eval: --batch: Expected an int. Got value: many"),
         (sets("batch"), "eval: --set must be followed by NAME=VALUE; got 'batch'"),
         (["--which", "first"], "eval: --which must be latest, best or a step; got 'first'"),
-        (["--which", "5"], "checkpoint: step 5 of "),
+        (["--which", "5"], "or a step; got '5', and the steps of "),
         (["--data", "/nowhere"], "data: path must be a directory"),
         (sets("model.hidden_size=32"), "of the checkpoint must be "),
         (["--wich", "best"], "unrecognized arguments: --wich best"),
@@ -185,7 +185,8 @@ def test_damaged_files_are_one_line(run, capsys, name, text, message):
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
     text = error_of(capsys, tmp_path / "nothing")
-    assert text == f"eval: RUN must be the directory of a run; got {tmp_path / 'nothing'}"
+    got = f"{tmp_path / 'nothing'}, where there is none"
+    assert text == f"eval: RUN must be the directory of a run; got {got}"
     assert "run.json" in error_of(capsys, tmp_path)
 
 

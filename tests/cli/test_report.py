@@ -127,7 +127,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_an_unknown_flag_is_one_line(tmp_path, capsys):
-    assert error_of(capsys, tmp_path, "--htm1") == "unrecognized arguments: --htm1"
+    text = error_of(capsys, tmp_path, "--htm1")
+    assert text == "report: unrecognized arguments: --htm1; did you mean '--html'?"
 
 
 def test_a_missing_matplotlib_names_its_extra(tmp_path, capsys, monkeypatch):

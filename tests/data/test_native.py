@@ -185,3 +185,11 @@ def test_an_interrupt_ends_what_would_never_end(built, name, threads):
     # What is made afterwards is whole.
     same = [generate_sudoku(3, 4, native=native)[0] for native in (True, False)]
     assert np.array_equal(*same)
+
+
+def test_a_source_tree_that_hides_an_installed_package_is_named(missing, monkeypatch, tmp_path):
+    (tmp_path / "trm_fast").mkdir()
+    (tmp_path / "trm_fast" / "_data.cpython-311-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    hidden = f"which hides the installed {tmp_path / 'trm_fast'}: leave the folder of the clone, or"
+    assert hidden in _native.unusable()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trm_fast._errors import BackendError
 from trm_fast._version import __version__
@@ -52,6 +52,24 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         command = self.prog.partition(" ")[2]
         raise ValueError(f"{command}: {message}" if command else message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what is unknown here, where the known options are at hand."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0])}")
+        return found, unknown
+
+    def _hint(self, word: str) -> str:
+        """Returns the option that a word may mean: its name is near, or its help has the word."""
+        word = word.partition("=")[0]
+        options = {each.option_strings[0]: each for each in self._actions if each.option_strings}
+        # At 0.6, the default, --train would be --test.
+        near = difflib.get_close_matches(word, options, n=1, cutoff=0.7)
+        stem = word.strip("-")
+        if not near and len(stem) > 3:
+            near = [flag for flag, each in options.items() if stem in (each.help or "")][:1]
+        return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,8 +165,12 @@ def _prepared(command: str, parser: argparse.ArgumentParser) -> Callable[[argpar
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error about an unknown word: the nearest known one, or all of them."""
+    """Returns the end of an error about an unknown word: those that end in it, as a setting behind
+    its group does; the nearest one; or all."""
     known = list(known)
+    inner = [f"--{name}" for name in known if name.endswith(f".{word}")]
+    if inner:
+        return f"; did you mean {' or '.join(inner)}?"
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(known)}"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from argparse import SUPPRESS
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 from trm_fast._json import read_object
 from trm_fast._paths import expanded
 from trm_fast.cli import suggest
+from trm_fast.cli._flags import with_lists
 from trm_fast.cli._settings_file import check_file, check_yaml
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
@@ -45,7 +47,7 @@ def read_options(recipe: Recipe[Any], argv: list[str]) -> Options:
         ValueError: a setting is unknown or wrong, or flags contradict each other.
     """
     who = f"train {recipe.name}"
-    argv = list(_without_set(who, argv))
+    argv = list(with_lists(_without_set(who, argv), _lists(recipe.default)))
     presets = recipe.presets
     first = _flags(who, recipe.default, presets, argv)
     if first.resume and first.overwrite:
@@ -87,8 +89,14 @@ def changed(who: str, config: Any, words: Iterable[str]) -> Any:
             raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {word!r}")
         if name not in known:
             raise ValueError(f"{who}: unknown setting {name!r}{suggest(name, known)}")
-    values = _parser(who, config, {}).parse_args([f"--{word}" for word in given])
+    flags = with_lists((f"--{word}" for word in given), _lists(config))
+    values = _parser(who, config, {}).parse_args(list(flags))
     return replaced(config, _leaves_of(who, config, values))
+
+
+def _lists(config: Any) -> set[str]:
+    """Returns the names of the settings that have several values."""
+    return {name for name, _, kind, _ in _fields(config) if "tuple" in str(kind)}
 
 
 def _leaves_of(who: str, config: Any, values: Any) -> dict[str, Any]:
@@ -212,7 +220,9 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
     parser.add_argument("--dry-run", action="store_true", help="show all settings, take one step")
     parser.add_argument("--config", action="config", help="YAML or JSON file with settings")
     # Read by _without_set; here for --help.
-    parser.add_argument("--set", metavar="NAME=VALUE", help="the same as --NAME VALUE")
+    parser.add_argument(
+        "--set", metavar="NAME=VALUE", default=SUPPRESS, help="the same as --NAME VALUE"
+    )
     for name, value, kind, help in _fields(config):
         # argparse formats help texts with %.
         parser.add_argument(f"--{name}", type=kind, default=value, help=help.replace("%", "%%"))

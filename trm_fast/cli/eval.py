@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
         OSError: a file cannot be read.
         ModuleNotFoundError: jsonargparse, or what the recipe needs, is not installed.
     """
-    which = _which(args.which)
     if not args.run.is_dir():
-        raise ValueError(f"eval: RUN must be the directory of a run; got {args.run}")
+        raise ValueError(
+            f"eval: RUN must be the directory of a run; got {args.run}, where there is none"
+        )
     runs = runs_in("eval", args.run)
     for run in runs:
+        which = _which(args.which, run)
         if runs != [args.run] and not args.json:
             print(f"\n{run.name}")
         _evaluate(args, run, which)
@@ -71,11 +74,17 @@ def _evaluate(args: argparse.Namespace, run: Path, which: str | int) -> None:
         _show(recipe, trainer, loaded, metrics, data)
 
 
-def _which(text: str) -> str | int:
+def _which(text: str, run: Path) -> str | int:
     if text in ("latest", "best"):
         return text
-    if not text.isdecimal():
-        raise ValueError(f"eval: --which must be latest, best or a step; got {text!r}")
+    names = [path.name for path in (run / "ckpt").glob("step-*")]
+    steps = sorted({int(found[1]) for name in names if (found := re.match(r"step-(\d+)", name))})
+    if not text.isdecimal() or int(text) not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ValueError(
+            f"eval: --which must be latest, best or a step; got {text!r}, and the steps of {run} "
+            f"are: {there}"
+        )
     return int(text)
 
 

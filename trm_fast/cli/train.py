@@ -1,11 +1,16 @@
 """``trm-fast train``: runs a recipe with settings from a preset, a YAML file and flags."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trm_fast.cli import COMMANDS, suggest
+from trm_fast.cli._flags import errors_name_flags
 from trm_fast.cli._streams import display_only
 from trm_fast.recipes import RECIPES, load
+
+if TYPE_CHECKING:
+    from trm_fast.cli._settings import Options
+    from trm_fast.recipes.recipe import Recipe
 
 HELP = COMMANDS["train"]
 
@@ -47,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from trm_fast.cli._settings import read_options
 
     recipe = load(args.recipe)
-    options = read_options(recipe, args.fields)
+    with errors_name_flags(recipe.default):
+        return _train(recipe, read_options(recipe, args.fields))
+
+
+def _train(recipe: "Recipe[Any]", options: "Options") -> int:
     from trm_fast.recipes.running import runs_of, train
 
     if options.dry_run:

@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 from trm_fast._errors import BackendError
+from trm_fast._paths import shadowed
 from trm_fast.data import _reference
 
 # Raised, together with kRevision in csrc/data/module.cpp, whenever a function or a result changes.
@@ -23,7 +24,7 @@ def _load() -> ModuleType | str:
     try:
         module = import_module("trm_fast._data")
     except ModuleNotFoundError:
-        return f"trm_fast._data is not built: {_BUILD}"
+        return f"trm_fast._data is not built{shadowed('_data.*.so') or ':'} {_BUILD}"
     except ImportError as error:
         return f"trm_fast._data cannot be opened: {error}"
     if module.REVISION != REVISION:

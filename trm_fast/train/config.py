@@ -33,7 +33,7 @@ class TrainerConfig:
         on_nonfinite: "stop" after ``max_nonfinite`` updates in a row were skipped because a loss or
             gradient was not finite, or "skip" as many as there are. Overflows of "fp16" that a
             smaller scale of the loss mends are skipped and do not count.
-        max_nonfinite: see there, >= 1.
+        max_nonfinite: skipped updates in a row after which "stop" ends the run, >= 1.
         seed: of Python's, NumPy's and torch's generators, to which the rank is added.
         strategy: for several processes: "ddp", or "fsdp2", which also shards the weights.
 

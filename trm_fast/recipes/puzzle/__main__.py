@@ -2,6 +2,16 @@
 
 import sys
 
-from trm_fast.cli import main
+from trm_fast.__main__ import start
+from trm_fast.recipes import RECIPES
 
-sys.exit(main(["train", *sys.argv[1:]]))
+_OWN = {name: listing.help for name, listing in RECIPES.items() if listing.system == "puzzle"}
+
+if sys.argv[1:2] and sys.argv[1] in _OWN:
+    start(["train", *sys.argv[1:]])
+asks = sys.argv[1:2] in (["--help"], ["-h"])
+stream = sys.stdout if asks else sys.stderr
+print(f"usage: python -m trm_fast.recipes.puzzle {'|'.join(_OWN)} [--help | ...]", file=stream)
+for name, text in _OWN.items():
+    print(f"  {name:8}{text}", file=stream)
+sys.exit(0 if asks else 2)

@@ -47,15 +47,15 @@ class SudokuData:
     """Sudoku puzzles, made here or from files.
 
     Args:
-        path: nothing makes puzzles; a directory in the official layout, a directory with train.csv
+        path: where the puzzles are: a directory in the official layout, a directory with train.csv
             and test.csv (or .jsonl), or "hub" for Sudoku-Extreme in the local cache of Hugging
-            Face datasets.
+            Face datasets. If it is empty, puzzles are made.
         size: 4, 6 or 9; from files it has to be theirs.
         clues: least and most clues of the puzzles that are made.
         difficulty: deepest nesting of guesses that a made puzzle may need; 0 for singles only, -1
             for any.
         train: puzzles to make, or to take from the files, of which 0 takes all.
-        test: likewise, for the evaluation.
+        test: to make, or to take from the files, for the evaluation; 0 takes all of the files.
         augment: whether every batch is drawn through the symmetries of the grid.
         seed: of the puzzles that are made.
     """
@@ -97,15 +97,15 @@ class MazeData:
     """Mazes and their shortest paths, made here or from files.
 
     Args:
-        path: nothing makes mazes; a directory in the official layout, a directory with train.csv
+        path: where the mazes are: a directory in the official layout, a directory with train.csv
             and test.csv (or .jsonl), or "hub" for Maze-Hard in the local cache of Hugging Face
-            datasets.
+            datasets. If it is empty, mazes are made.
         height: rows of cells; from files it has to be theirs.
-        width: columns of cells; likewise.
+        width: columns of cells; from files it has to be theirs.
         min_path: least length of the path in mazes that are made, in cells.
         openings: walls that are opened in mazes that are made, so that there are detours.
         train: mazes to make, or to take from the files, of which 0 takes all.
-        test: likewise, for the evaluation.
+        test: to make, or to take from the files, for the evaluation; 0 takes all of the files.
         augment: whether every batch is turned and mirrored at random.
         seed: of the mazes that are made.
     """

@@ -6,7 +6,14 @@ from trm_fast.nn import TinyRecursiveModel
 from trm_fast.recipes.puzzle.baselines import elimination, most_common
 from trm_fast.recipes.puzzle.config import ArcConfig, SudokuConfig
 from trm_fast.recipes.puzzle.evaluation import Evaluation
-from trm_fast.recipes.puzzle.show import Draw, draw_maze, draw_sudoku, solve_aloud
+from trm_fast.recipes.puzzle.show import (
+    MAZE_LEGEND,
+    Draw,
+    draw_maze,
+    draw_sudoku,
+    solve_aloud,
+    sudoku_legend,
+)
 from trm_fast.recipes.recipe import how_it_ended
 from trm_fast.train import Summary, Trainer
 
@@ -39,13 +46,14 @@ def _solved(trainer: Trainer, summary: Summary) -> list[str]:
         return _voted(summary)
     if isinstance(config, SudokuConfig):
         draw: Draw = draw_sudoku
+        legend = sudoku_legend()
         lines.append(
             f"without a model: {most_common(splits.train, splits.test):.1%} with the digit that is "
             f"most common in each cell, {elimination(splits.test, 1):.1%} by elimination once and "
             f"guessing, {elimination(splits.test):.1%} by elimination to its end and guessing"
         )
     else:
-        draw = draw_maze(config.data.width)
+        draw, legend = draw_maze(config.data.width), MAZE_LEGEND
     averaged = nullcontext() if trainer.ema is None else trainer.ema.swapped()
     with averaged:
-        return [*lines, "", *solve_aloud(model, splits.test, draw)]
+        return [*lines, "", legend, *solve_aloud(model, splits.test, draw)]

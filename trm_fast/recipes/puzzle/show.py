@@ -91,6 +91,13 @@ def draw_sudoku(tokens: Tensor, inputs: Tensor, labels: Tensor) -> list[str]:
     return lines
 
 
+def sudoku_legend() -> str:
+    """Returns a line that says what ``draw_sudoku`` shows."""
+    if is_terminal():
+        return "bold: given, red: wrong, .: empty"
+    return "*: wrong (or still empty), .: empty"
+
+
 def _cell(tokens: Tensor, inputs: Tensor, labels: Tensor, place: int) -> str:
     token, given = int(tokens[place]), int(inputs[place]) > 1
     text = str(token - 1) if token > 1 else "."
@@ -98,6 +105,9 @@ def _cell(tokens: Tensor, inputs: Tensor, labels: Tensor, place: int) -> str:
     if not is_terminal():
         return f"{'*' if wrong else ' '}{text}"
     return f" \x1b[1m{text}\x1b[0m" if given else f" \x1b[31m{text}\x1b[0m" if wrong else f" {text}"
+
+
+MAZE_LEGEND = "#: wall, S: start, G: goal, o: path, ?: wrong"
 
 
 def draw_maze(width: int) -> Draw:
