@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -488,11 +488,16 @@ class Trainer:
             ValueError: the trainer was given no ``evaluate``.
             TypeError: that has not returned numbers by name.
         """
+        return self._metrics(nullcontext())
+
+    def _metrics(self, within: AbstractContextManager[None]) -> dict[str, float]:
+        """Evaluates; ``within`` is entered around the evaluation alone, so that what is left by it
+        still gives back generators and weights."""
         if self.evaluator is None:
             raise ValueError("Trainer: evaluate() needs the argument evaluate; got None")
         averaged = nullcontext() if self.ema is None else self.ema.swapped()
         with evaluating(self.model), fork_rng(self.world.device), torch.no_grad(), averaged:
-            with gathered(self.model):
+            with gathered(self.model), within:
                 found = self.evaluator(self.model)
         return self.world.mean(numbers_of(found))
 
@@ -525,8 +530,8 @@ class Trainer:
             # No process can leave the others alone, which may wait for it.
             self._save()
         with self._saved_on_error():
-            with self._request.leaving() if self.world.size == 1 else nullcontext():
-                found = self.evaluate()
+            alone = self.world.size == 1
+            found = self._metrics(self._request.leaving() if alone else nullcontext())
             check_names(found, "the evaluation")
         return found
 

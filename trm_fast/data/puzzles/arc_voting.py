@@ -112,10 +112,10 @@ class ArcVoting:
         """The mean over tasks of the part of their test inputs that is solved within K answers.
 
         Returns:
-            {"pass@1": ..., "tasks": number of tasks that count}; NaN if none does. An input without
-            any vote is not solved.
+            {"pass@1": ..., "tasks": number of tasks that count, as those with test inputs and all
+            of their answers}; NaN if none does. An input without any vote is not solved.
         """
-        judged = {name: pairs for name, pairs in self._pairs.items() if all(a for _, a in pairs)}
+        judged = [name for name, own in self._pairs.items() if own and all(a for _, a in own)]
         found = {
             f"pass@{k}": float(np.mean([self._solved(name, k) for name in judged]))
             if judged
