@@ -9,6 +9,7 @@ import pytest
 
 from trm_fast.data import (
     ArcTask,
+    ArcVoting,
     arc_tasks,
     build_arc,
     encode_arc,
@@ -421,3 +422,8 @@ def test_names_that_begin_with_a_dot_are_no_tasks(tmp_path):
         (tmp_path / name).write_text(json.dumps({"train": [PAIR], "test": [PAIR]}), "utf-8-sig")
     (tmp_path / "._a.json").write_bytes(b"\0\5\x16\7\xb0")
     assert [task.name for task in read_arc_folder(tmp_path)] == ["a"]
+
+
+def test_a_task_without_test_inputs_does_not_count():
+    scores = ArcVoting(["", "a"], {"a": {"test": []}}, ks=(1,)).scores()
+    assert scores["tasks"] == 0 and np.isnan(scores["pass@1"])

@@ -5,7 +5,7 @@ import pytest
 from ..signals import signal_often
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(12, marks=pytest.mark.long)])
 def test_a_run_that_a_signal_ends_goes_on_to_the_same_bits(count, memory):
     found = signal_often(memory, count, seed=count)
     assert found.failures == []

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -18,6 +19,7 @@ from trm_fast.train import (
     Step,
     Trainer,
     TrainerConfig,
+    generators,
 )
 from trm_fast.train._signals import graceful_stop
 
@@ -232,4 +234,22 @@ def test_the_record_before_the_end_of_a_stage_is_written_after_a_resume(tmp_path
     trainer.evaluator = lambda model: terminated()
     assert trainer.fit().step == 7
     run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+def test_a_signal_while_an_evaluation_gives_back_the_generators_changes_no_bit(
+    tmp_path, monkeypatch
+):
+    function_run(tmp_path / "whole").fit()
+    give_back, sent = generators.set_generators, []
+
+    def interrupted(*args: object) -> None:
+        if not sent and Path(tmp_path / "parts" / "run.json").exists():
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        give_back(*args)
+
+    monkeypatch.setattr(generators, "set_generators", interrupted)
+    summary = function_run(tmp_path / "parts").fit()
+    assert sent and summary.signal == signal.SIGTERM
+    function_run(tmp_path / "parts").fit(resume=True)
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []

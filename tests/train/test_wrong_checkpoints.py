@@ -86,7 +86,12 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", WRONG)
+SHORT = ("missing", "text", "tensor")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in SHORT else pytest.mark.long) for k in WRONG]
+)
 def test_what_is_of_another_kind_is_refused_or_goes_on(tmp_path, state, kind):
     for path in [*places(state)]:
         changed = deepcopy(state)
