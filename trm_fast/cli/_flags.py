@@ -1,10 +1,12 @@
 """Settings between a person and the code: lists as people write them, errors that name flags."""
 
-import dataclasses
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
+
+from trm_fast.recipes.settings import leaves
 
 _NUMBER = r"[-+]?\d[\d.e+-]*"
 _LIST = re.compile(rf"\(?\s*{_NUMBER}(?:\s*,\s*{_NUMBER})+\s*,?\s*\)?")
@@ -68,14 +70,11 @@ def _flag_of(owner: str, argument: str, config: Any) -> str | None:
     return None
 
 
-def _owned(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def _owned(config: Any) -> Iterator[tuple[str, str]]:
     """Yields the class and the dotted name of every setting."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _owned(value, f"{prefix}{field.name}.")
-        else:
-            yield type(config).__name__, f"{prefix}{field.name}"
+    for name, _ in leaves(config):
+        group = name.rpartition(".")[0]
+        yield type(attrgetter(group)(config) if group else config).__name__, name
 
 
 def _last(name: str) -> str:
