@@ -34,7 +34,7 @@ test: lint build ## check style and types, then run the test suite
 quick: build ## run for less than a minute: no compiler, processes or Triton, one case of each test
 	$(PYTEST) --quick
 
-test-long: build ## run what takes minutes: a wheel from scratch, every GPU, full grids, kills
+test-long: build ## run the rest: a wheel from scratch, every GPU, the other half of large grids, kills
 	$(PYTEST) -m long
 
 # The oldest torch of pyproject.toml, with the Triton that belongs to it, whose interpreter takes no

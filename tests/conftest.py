@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from .support.kinds import kinds, quick
+from .support.kinds import kinds, quick, second_halves
 
 # Triton reads both when it is first imported, so they are set before trm_fast is. Counting devices
 # asks the driver without starting CUDA in this process.
@@ -46,6 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function):
             for name in kinds(item):
                 item.add_marker(name)
+    for item in second_halves(items):
+        item.add_marker("long")
     if config.getoption("quick"):
         chosen = dict.fromkeys(quick(items))
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -134,3 +134,15 @@ def test_the_quick_ones_are_a_case_of_each_test_and_cost_little():
         item("a[2]"), item("a[3]"), item("d"),
     ]  # fmt: skip
     assert kinds.quick(items) == [items[0], items[3], items[6]]
+
+
+def test_a_test_with_many_cases_leaves_half_of_them_to_the_long_lane():
+    def cases(name, *values):
+        return [SimpleNamespace(nodeid=f"{name}[{a}-{b}]") for a in values for b in "xyz"]
+
+    few, many = cases("few", *range(kinds.MANY // 3)), cases("many", *range(20))
+    found = [*kinds.second_halves([*many, *few])]
+    assert 20 <= len(found) <= 40 and not {*map(id, found)} & {*map(id, few)}
+    assert [*kinds.second_halves([*many, *few])] == found
+    for value in "xyz":
+        assert 5 <= sum(item.nodeid.endswith(f"{value}]") for item in found) <= 15

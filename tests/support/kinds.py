@@ -1,10 +1,12 @@
 """What a test needs, read from its code: the compiler, other processes, Triton's interpreter."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -16,6 +18,23 @@ PROCESSES = {
 }  # fmt: skip
 PACKAGE = __name__.partition(".")[0]
 COSTLY = {"long", "slow", "compile", "processes", "interpreter"}
+# A test with more cases leaves half of them to the long lane.
+MANY = 6
+
+
+def test_of(item: pytest.Item) -> str:
+    """Returns the name of a test without that of its case."""
+    return item.nodeid.partition("[")[0]
+
+
+def second_halves(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
+    """Yields about half of the cases of each test that has many, always the same ones. Their names
+    decide, and not their numbers, so that every value of a parameter stays in both halves."""
+    items = list(items)
+    cases = Counter(map(test_of, items))
+    for item in items:
+        if cases[test_of(item)] > MANY and crc32(item.nodeid.encode()) % 2:
+            yield item
 
 
 def quick(items: list[pytest.Item]) -> list[pytest.Item]:
@@ -24,7 +43,7 @@ def quick(items: list[pytest.Item]) -> list[pytest.Item]:
     found: dict[str, pytest.Item] = {}
     for item in items:
         if COSTLY.isdisjoint(mark.name for mark in item.iter_markers()):
-            found.setdefault(item.nodeid.partition("[")[0], item)
+            found.setdefault(test_of(item), item)
     return list(found.values())
 
 
