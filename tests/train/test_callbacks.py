@@ -185,3 +185,35 @@ def test_callbacks_are_called_for_the_epochs_of_puzzles():
     trainer = puzzle_run(None, (epochs,), augment=False, steps=13)
     trainer.fit()
     assert epochs.seen == [(4, 0), (7, 1), (10, 2), (13, 3)] and trainer.epochs == 4
+
+
+class Brief(Callback):
+    """Hooks that take the run alone, a part of it in each base class."""
+
+    def __init__(self):
+        self.called = []
+
+    def on_step(self, run):
+        self.called.append(("on_step", run.step))
+
+    def on_evaluate(self, run: Run) -> None:
+        self.called.append(("on_evaluate", run.step))
+
+    def on_end(self, run, *rest):
+        self.called.append(("on_end", len(rest)))
+
+
+class BriefToo(Brief):
+    def on_log(self, run, record=None):
+        self.called.append(("on_log", record is not None))
+
+    def on_step(self, run: Run, step: Step) -> None:
+        super().on_step(run, step)
+
+
+def test_a_hook_may_leave_out_what_comes_after_the_run():
+    callback = BriefToo()
+    function_run(None, (callback,), steps=2, log_every=2, evaluate_every=2).fit()
+    assert callback.called == [
+        ("on_step", 1), ("on_step", 2), ("on_log", True), ("on_evaluate", 2), ("on_end", 1),
+    ]  # fmt: skip

@@ -1,7 +1,9 @@
 """Callbacks: what happens beside a run, with a state that is saved and comes back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +14,8 @@ from trm_fast.train.run import Record, Run, Step
 
 
 class Callback:
-    """Is called by a ``Trainer`` in every process; override what is needed.
+    """Is called by a ``Trainer`` in every process; override what is needed. A hook may leave out
+    what comes after ``run``, as in ``on_step(self, run)``.
 
     Attributes:
         name: key of its state in a checkpoint, which no other callback of the run may have; empty
@@ -20,6 +23,12 @@ class Callback:
     """
 
     name: str = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, hook in [*vars(cls).items()]:
+            if name.startswith("on_") and _leaves_out(hook, getattr(Callback, name, None)):
+                setattr(cls, name, _with_run_alone(hook))
 
     def on_start(self, run: Run) -> None:
         """Before the first step, after a resume."""
@@ -69,6 +78,31 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what ``state_dict`` returned; not called if that was empty."""
+
+
+def _leaves_out(hook: Any, declared: Any) -> bool:
+    """Whether a hook takes the run alone where it is given more."""
+    if declared is None or not callable(hook):
+        return False
+    own = signature(hook)
+    return _takes(signature(declared), 3) and _takes(own, 2) and not _takes(own, 3)
+
+
+def _takes(hook: Signature, count: int) -> bool:
+    """Whether it can be called with that many arguments."""
+    try:
+        hook.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _with_run_alone(hook: Callable[..., None]) -> Callable[..., None]:
+    @wraps(hook)
+    def called(self: Callback, run: Run, _: object) -> None:
+        hook(self, run)
+
+    return called
 
 
 def by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
