@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PLACES = {"official": "sources", "arc_corpus": "puzzles"}
 
 
 def for_types(tree: ast.Module) -> dict[str, str]:
@@ -66,3 +67,11 @@ def test_the_package_itself_names_the_same_homes():
     homes = {n: home for n, home in for_types(tree).items() if home != "trm_fast"}
     assert homes == trm_fast._HOME
     assert {*for_types(tree), "__version__"} == {*trm_fast.__all__}
+
+
+@pytest.mark.parametrize("former", ["official", "arc_corpus"])
+def test_a_former_place_gives_what_the_present_one_has(former):
+    old = import_module(f"trm_fast.data.{former}")
+    new = import_module(f"trm_fast.data.{PLACES[former]}.{former}")
+    public = {name: value for name, value in vars(new).items() if not name.startswith("_")}
+    assert public and {name: getattr(old, name, None) for name in public} == public
