@@ -141,7 +141,7 @@ class Checkpoints:
         return Row(lambda: self.trainer.fit(resume=True), work=self.size)
 
     def _forget(self) -> None:
-        self.trainer._saved = None
+        self.trainer._saving._last = None
 
 
 test_overhead = rows_of(

@@ -1,9 +1,8 @@
 """``Trainer``: the loop of every recipe, from plain torch objects."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
@@ -14,26 +13,26 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trm_fast._paths import expanded
-from trm_fast.nn.evaluating import evaluating
 from trm_fast.optim import WeightEMA
 from trm_fast.optim._closure import check_closure
-from trm_fast.train._circumstances import changes_since, differences
+from trm_fast.train._evaluations import Evaluations
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
-from trm_fast.train._interval import Interval, add_metrics, check_names, numbers_of
+from trm_fast.train._interval import Interval, add_metrics, check_names
+from trm_fast.train._resume import drop_later, go_back
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
+from trm_fast.train._saving import Saving
 from trm_fast.train._schedules import check_schedules, takes_metric
 from trm_fast.train._signals import Interrupted, StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
 from trm_fast.train._summary import summary_values
 from trm_fast.train._update import Update
 from trm_fast.train.batches import Batches, to_device
-from trm_fast.train.callbacks import Callback, by_name, is_better, metric
-from trm_fast.train.checkpoints.snapshot import restore, snapshot
+from trm_fast.train.callbacks import Callback, by_name
 from trm_fast.train.config import Summary, TrainerConfig
 from trm_fast.train.curriculum import Curriculum, Stage
 from trm_fast.train.display import warn_from_handler
-from trm_fast.train.distributed import World, gathered, lost_processes
+from trm_fast.train.distributed import World, lost_processes
 from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.meter import Meter
 from trm_fast.train.objective import Objective, objective_of
@@ -154,16 +153,18 @@ class Trainer:
         self._update = Update(self.model, self.optimizers, self.world, average, config.precision)
         self.extra = ExtraUpdates(self._update, self.meter, self.guard, self.objective)
         self.history: list[Record] = []
-        self._records = 0  # of the checkpoint that the run goes on from
         self.evaluated_at = -1
         self._clock: Callable[[], float] = lambda: self.seconds
-        self._saved: tuple[tuple[int, ...], Path] | None = None
         self._request = StopRequest()
         self._signal: int | None = None
+        self._saving = Saving(self, self._guarded)
+        self._evaluations = Evaluations(
+            self, self._saving.save, lambda: self._request.leaving(), self._say
+        )
         self._interval = Interval()
         self._in_step = False
         actions = Actions(
-            self._guarded, self._log, self._evaluate, self._save,
+            self._guarded, self._log, self._evaluate, self._saving.save,
             lambda seconds: self._interval.pause(seconds),
         )  # fmt: skip
         self._stages = StageRunner(self, self._curriculum, staged, actions)
@@ -259,16 +260,20 @@ class Trainer:
             stack.enter_context(fork_rng(self.world.device))
             seed_everything(self.config.seed + self.world.rank)
             self.stop_reason = None
-            told = self._load() if resume else []
-            self._require_savable()
+            loaded, told = go_back(self, self.files, self._settings()) if resume else (None, [])
+            if loaded is not None:
+                self._saving.go_on_from(loaded.path)
+            self._saving.require_savable()
             self.files.begin(self._settings(), describe(self))
             if resume:
-                self._rewind(told)
+                records = 0 if loaded is None else loaded.state["trainer"]["records"]
+                for event, message in (*told, *drop_later(self, self.files, records)):
+                    self.event(event, message)
             by_name(self.callbacks)
             for callback in self.callbacks:
                 stack.callback(callback.close)
                 callback.on_start(self)
-            self._require_savable()  # what the hooks have added to it
+            self._saving.require_savable()  # what the hooks have added to it
             summary = self._train()
             self.files.write_json("summary.json", summary_values(summary, self.world.device))
             for callback in self.callbacks:
@@ -288,45 +293,8 @@ class Trainer:
             raise ValueError("Trainer: batches must give at least one; got none")
         return float(self.train_step(batches).loss)
 
-    def _load(self) -> list[tuple[str, str]]:
-        """Goes back to the last checkpoint that is whole, if there is any; returns the events to
-        tell of it. The files of the run stay as they are."""
-        loaded = self.files.load()
-        if loaded is None:
-            if self.files.is_empty:
-                return [("started", f"there is no run in {self.out} yet: this is a new one")]
-            return [("started", "there is no checkpoint yet: starting at the beginning")]
-        lost = restore(self, loaded.state)
-        self._records = loaded.state["trainer"]["records"]
-        self._saved = self._place_of_save(), loaded.path
-        told = [("checkpoint", reason) for reason in (*loaded.skipped, *([lost] if lost else []))]
-        told.append(("resumed", f"resumed at step {loaded.step} from {loaded.path.name}"))
-        self._curriculum.sources.of(self._curriculum.index)  # so that its data can be compared
-        data = None if lost else self._curriculum.sources.fingerprints()
-        told += (("changed", line) for line in changes_since(self, loaded.state, data))
-        other = differences(self.files.settings_of(loaded), self._settings())
-        if other:
-            told.append(("changed", f"settings have changed: {'; '.join(other)}"))
-        return told
-
     def _settings(self) -> dict[str, Any]:
         return self.settings or asdict(self.config)
-
-    def _rewind(self, told: list[tuple[str, str]]) -> None:
-        """Drops the records after the checkpoint, and tells of it and of what else is new."""
-        self.history, dropped = self.files.rewind(self.step, self._records)
-        for event, message in told:
-            self.event(event, message)
-        if dropped:
-            self.event("rewound", f"lines dropped that came after step {self.step}: {dropped}")
-        lost = self._records - len(self.history)
-        if lost > 0 and self.world.is_main:
-            self.event("rewound", f"lines that metrics.jsonl had before and lacks now: {lost}")
-
-    def _require_savable(self) -> None:
-        """Refuses, before the first step, what the first checkpoint could not hold."""
-        if self.out is not None:
-            self.files.require_savable(snapshot(self))
 
     def _forget_signal(self) -> None:
         self._request, self._signal = StopRequest(), None
@@ -454,7 +422,7 @@ class Trainer:
             self.event("stopped", str(error))
             try:
                 # Nothing was changed by the steps that were skipped, so nothing is lost.
-                self._save()
+                self._saving.save()
             except ValueError as reason:
                 self.event("checkpoint", f"not written: {reason}")
             raise
@@ -475,7 +443,7 @@ class Trainer:
         except ValueError:
             # A name that is taken shows only now; the steps until here are worth keeping.
             self.meter.load_state_dict(sums)
-            self._save()
+            self._saving.save()
             raise
         self._record(record)
         for callback in self.callbacks:
@@ -488,18 +456,7 @@ class Trainer:
             ValueError: the trainer was given no ``evaluate``.
             TypeError: that has not returned numbers by name.
         """
-        return self._metrics(nullcontext())
-
-    def _metrics(self, within: AbstractContextManager[None]) -> dict[str, float]:
-        """Evaluates; ``within`` is entered around the evaluation alone, so that what is left by it
-        still gives back generators and weights."""
-        if self.evaluator is None:
-            raise ValueError("Trainer: evaluate() needs the argument evaluate; got None")
-        averaged = nullcontext() if self.ema is None else self.ema.swapped()
-        with evaluating(self.model), fork_rng(self.world.device), torch.no_grad(), averaged:
-            with gathered(self.model), within:
-                found = self.evaluator(self.model)
-        return self.world.mean(numbers_of(found))
+        return self._evaluations.metrics()
 
     def _evaluate(self) -> tuple[Record | None, bool]:
         """Evaluates, keeps what is best, and calls callbacks.
@@ -509,59 +466,18 @@ class Trainer:
         """
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
-        found = self._evaluation()
-        self.metrics, self.evaluated_at = found, self.step
+        self.metrics, self.evaluated_at = self._evaluations.safe_metrics(), self.step
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
         record |= self.metrics | self._stages.place()
         self._record(record)
-        with self._saved_on_error():
-            self._step_schedules(record)
-            is_best = self._is_best(record)
+        with self._evaluations.saved_on_error():
+            is_best = self._evaluations.judge(record)
             if is_best:
                 self.best = {"step": self.step, **self.metrics}
             for callback in self.callbacks:
                 callback.on_evaluate(self, record)
         return record, is_best
-
-    def _evaluation(self) -> dict[str, float]:
-        """Returns the metrics of an evaluation, from which no signal and no error loses a step."""
-        if self.world.size > 1:
-            # No process can leave the others alone, which may wait for it.
-            self._save()
-        with self._saved_on_error():
-            alone = self.world.size == 1
-            found = self._metrics(self._request.leaving() if alone else nullcontext())
-            check_names(found, "the evaluation")
-        return found
-
-    @contextmanager
-    def _saved_on_error(self) -> Iterator[None]:
-        """Saves before an error ends the run: the steps until then are worth keeping."""
-        try:
-            yield
-        except Exception:
-            # Of several processes only one may have met it, and all must take part in saving.
-            if self.world.size == 1:
-                try:
-                    self._save()
-                except (OSError, TypeError, ValueError) as reason:
-                    self._say(f"Trainer: step {self.step} is not saved: {reason}")
-            raise
-
-    def _step_schedules(self, record: Record) -> None:
-        """Steps the schedules that take a metric: the monitored one."""
-        for schedule in self.schedules:
-            if takes_metric(schedule):
-                schedule.step(metric(record, self.config.monitor, "Trainer: monitor"))
-
-    def _is_best(self, record: Record) -> bool:
-        monitor = self.config.monitor
-        if not monitor:
-            return False
-        value = metric(record, monitor, "Trainer: monitor")
-        best = self.best.get(monitor, math.nan)
-        return math.isfinite(value) and is_better(value, best, self.config.mode)
 
     def save(self) -> Path | None:
         """Writes a checkpoint, unless there is one of what is now. All processes must call it.
@@ -583,53 +499,10 @@ class Trainer:
                 "Trainer: save must not come between the gradients of a step and its update; got a "
                 "call in on_gradients. Call it in on_step"
             )
-        if self._in_step and (self._saved is None or self._saved[0] != self._place_of_save()):
+        if self._in_step and not self._saving.is_done:
             self._stages.wants_save = True
             return None
-        return self._save()
-
-    def _save(self) -> Path | None:
-        now = self._place_of_save()
-        checkpoints = self.files.checkpoints
-        if checkpoints is None:
-            return None
-        if self._saved is not None and self._saved[0] == now:
-            return self._saved[1]
-        # A verdict that is still open would be lost.
-        self._guarded()
-        state = snapshot(self)
-        if self.world.is_main:
-            found = self._curriculum
-            path = self.files.save(
-                self.step,
-                state,
-                score=self._score(),
-                summary=dict(self.metrics),
-                best_after=max(self.best_after, self.step - found.step if found.history else -1),
-            )
-            self._saved = now, path
-            for callback in self.callbacks:
-                callback.on_save(self, path)
-        else:
-            self._saved = now, checkpoints.directory
-        self.world.barrier()
-        return self._saved[1]
-
-    def _place_of_save(self) -> tuple[int, ...]:
-        """Returns what differs where another checkpoint is worth writing."""
-        stages = self._curriculum
-        return (
-            self.step, self.evaluated_at, self.extra.count, len(stages.history), stages.is_left
-        )  # fmt: skip
-
-    def _score(self) -> float | None:
-        monitor = self.config.monitor
-        if monitor not in self.metrics or self.evaluated_at != self.step:
-            return None
-        if self._curriculum.step == 0 and self._curriculum.history:
-            return None  # the evaluation was of the stage before
-        score = self.metrics[monitor] * (1.0 if self.config.mode == "max" else -1.0)
-        return score if math.isfinite(score) else None
+        return self._saving.save()
 
     def _finish(self) -> Summary:
         if self._signal is None:
@@ -637,7 +510,7 @@ class Trainer:
         else:
             reason = f"interrupted by {Signals(self._signal).name}"
             self.event("interrupted", reason)
-        path = self._save()
+        path = self._saving.save()
         return Summary(
             self.step, reason, self._signal, self.elapsed(), self.guard.skipped,
             dict(self.metrics), dict(self.best), path,
