@@ -168,7 +168,7 @@ def fake_toolkit(folder: Path, version: str) -> str:
 
 
 def test_sdist_has_every_source(checkout: Path, sdist: Path) -> None:
-    trees = ("bench/", "csrc/", "kernels/", "tests/", "trm_fast/")
+    trees = ("bench/", "csrc/", "kernels/", "requirements/", "tests/", "trm_fast/")
     top = {"LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py", ".clang-format"}
     sources = {name for name in files_below(checkout) if name.startswith(trees)}
     assert (sources | top) - files_below(sdist) == set()
