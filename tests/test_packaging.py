@@ -170,6 +170,7 @@ def fake_toolkit(folder: Path, version: str) -> str:
 def test_sdist_has_every_source(checkout: Path, sdist: Path) -> None:
     trees = ("bench/", "csrc/", "kernels/", "requirements/", "tests/", "trm_fast/")
     top = {"LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py", ".clang-format"}
+    top.add("SECURITY.md")
     sources = {name for name in files_below(checkout) if name.startswith(trees)}
     assert (sources | top) - files_below(sdist) == set()
 
