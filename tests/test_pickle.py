@@ -1,49 +1,65 @@
 """Nothing is pickled between processes, and nothing from a file is unpickled."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import pytest
+from torch.distributed import distributed_c10d as exchanges
 
 from .test_layers import MODULES, imports
 
 # Modules that read or write pickles, or code.
 PICKLERS = {
-    "cPickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "multiprocess",
-}  # fmt: skip
-# Of torch, modules whose functions pickle what they send or save.
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "multiprocess",
+    "pickle",
+    "shelve",
+}
+# Modules of torch whose functions pickle what they send or save.
 SENDERS = ("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.multiprocessing")
-# The type of an error, which torch.load raises.
+# The type of an error that torch.load raises.
 ALLOWED = {"pickle.UnpicklingError"}
+OBJECTS = {name for name in dir(exchanges) if name.endswith(("_object", "_object_list"))}
+ARRAYS = {"np.load", "np.save"}
 
 
-def calls(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """The name of each call, as it is written, and its keywords that are constants."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            constants = {
-                each.arg or "**": each.value.value
-                for each in node.keywords
-                if isinstance(each.value, ast.Constant)
-            }
-            yield ast.unparse(node.func), constants
+@cache
+def calls(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_file_imports_what_pickles(module):
-    found = imports(MODULES[module], module) - ALLOWED
-    assert not {name for name in found if name.split(".")[0] in PICKLERS}
-    assert not {name for name in found if name.startswith(SENDERS)}
+def option(call: ast.Call, name: str) -> object:
+    """The constant that a keyword of a call has, or None."""
+    values = (each.value for each in call.keywords if each.arg == name)
+    return next((value.value for value in values if isinstance(value, ast.Constant)), None)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_file_sends_objects_or_unpickles(module):
-    for name, options in calls(MODULES[module]):
-        last = name.rpartition(".")[2]
-        # all_gather_object, broadcast_object_list, scatter_object_list and the like.
-        assert not last.endswith(("_object", "_object_list")), name
-        if name == "torch.load":
-            assert options.get("weights_only") is True
-        if last in ("load", "save") and name.startswith(("np.", "numpy.")):
-            assert options.get("allow_pickle") is False
+def test_no_file_imports_what_pickles():
+    for module, path in MODULES.items():
+        found = imports(path, module) - ALLOWED
+        assert not {name for name in found if name.split(".")[0] in PICKLERS}, module
+        assert not {name for name in found if name.startswith(SENDERS)}, module
+
+
+def test_no_process_sends_objects():
+    assert {"all_gather_object", "broadcast_object_list", "gather_object"} <= OBJECTS
+    for module, path in MODULES.items():
+        named = {ast.unparse(call.func).rpartition(".")[2] for call in calls(path)}
+        assert not named & OBJECTS, module
+
+
+def test_files_are_read_and_arrays_written_without_objects():
+    checked = 0
+    for module, path in MODULES.items():
+        for call in calls(path):
+            name = ast.unparse(call.func)
+            if name == "torch.load":
+                assert option(call, "weights_only") is True, module
+            if name in ARRAYS:
+                assert option(call, "allow_pickle") is False, module
+            checked += name == "torch.load" or name in ARRAYS
+    assert checked
