@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.ops import AdaptiveStep, Settings, States, adaptive_step_
+from trm_fast.ops._adaptive_filters import REDUCING, WINDOWED
 
 from .adaptive_truth import STATES, Item, allowed, stored, truth
 
@@ -21,6 +22,9 @@ LISTS = (
     "weight_ema",
     "grok_ring",
 )
+# Filters that look at whole tensors, or at several gradients.
+NEW = (*REDUCING, *WINDOWED)
+WINDOW = 5
 
 
 def make(
@@ -155,3 +159,17 @@ def strides_of(shape: Sequence[int], order: Sequence[int], gap: int = 1) -> tupl
         steps.append(steps[-1] * max(n, 1))
     by_dim = dict(zip(order, reversed(steps), strict=False))
     return tuple(by_dim[d] for d in range(len(shape)))
+
+
+def settings_with(filter_: str, **changes) -> Settings:
+    default = {"lr": 1e-2, "weight_decay": 0.1, "lamb": 2.0, "weight_ema": 0.9, "warmup": False}
+    return Settings(filter=filter_, **(default | changes))
+
+
+def item_for(filter_: str, shape: tuple[int, ...] = (37,), **options) -> Item:
+    return make(shape, window=WINDOW if filter_ == "ma" else None, **options)
+
+
+def new_grad(item: Item, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    item["grad"] = torch.randn(item["grad"].shape, generator=generator).to(item["grad"])

@@ -24,7 +24,8 @@ from .adaptive_checks import (
 from .adaptive_truth import Item, truth
 
 RULES = [rule for rule in ALL_RULES if rule not in ("sgd", "momentum", "filter")]
-# Those that look at whole tensors, or at the last gradients, are in test_adaptive_step_filters.py.
+# Those that look at whole tensors, or at the last gradients, are in test_adaptive_step_filters.py
+# and test_adaptive_step_rings.py.
 FILTERS = [name for name in page.FILTERS if name not in (*page.REDUCING, *page.WINDOWED)]
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 # More than one thread's share is 8 blocks of 1024 on the CPU.
