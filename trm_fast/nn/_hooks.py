@@ -1,13 +1,36 @@
-"""Whether a module has hooks: a fused call does not call the modules it stands for."""
+"""What a fused call would pass over in the modules that it stands for: hooks and other code."""
 
 from torch import nn
+from torch.nn.modules import module as torch_module
+
+# Hooks of every module of the process.
+_GLOBAL = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Returns whether a module has hooks that a call of it would run."""
+    """Returns whether a call of a module runs hooks, or a ``forward`` of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or any(_GLOBAL)
     )
+
+
+def overrides(module: nn.Module, base: type[nn.Module], *names: str) -> str | None:
+    """Returns the first of these methods that are not those of ``base``, in a class derived from it
+    or set on the module itself; None if all are."""
+    kind = type(module)
+    for name in names:
+        if name in module.__dict__ or (
+            kind is not base and getattr(kind, name, None) is not getattr(base, name, None)
+        ):
+            return name
+    return None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from trm_fast._dispatch import note_fallback
-from trm_fast.nn._hooks import is_hooked
+from trm_fast.nn._hooks import is_hooked, overrides
 from trm_fast.nn._init import check_sizes
 from trm_fast.nn.mixer import FusedMixer, make_mixer
 from trm_fast.nn.norm import RMSNorm
@@ -144,8 +144,13 @@ class Block(nn.Module):
             return "the blocks are pre-norm"
         if mlp.bias is not None:
             return "the gated layers have biases"
+        if type(mix_norm) is not RMSNorm or type(mlp_norm) is not RMSNorm:
+            return f"the norms are {type(mix_norm).__name__} and {type(mlp_norm).__name__}"
         if mix_norm.weight is not None or mlp_norm.weight is not None:
             return "the norms have weights"
+        over_tokens = getattr(mix, "post_norm_axis", -1)
+        if mix_norm.eps != mlp_norm.eps or (mix_norm.axis, mlp_norm.axis) != (over_tokens, -1):
+            return "the norms differ in eps, or in what they run over"
         find = getattr(mix, "fused_form", None)
         form = f"the mixer {self.mixer} has no fused form" if find is None else find()
         if isinstance(form, str):
@@ -282,6 +287,9 @@ class Blocks(nn.Module):
 
     def _fused_layers(self, x: Tensor, y: Tensor, z: Tensor) -> list[FusedLayer] | str:
         """Returns the blocks as the op runs them, or why it cannot."""
+        changed = overrides(self, Blocks, "forward", "inject", "update_z", "update_y")
+        if changed is not None:
+            return f"{type(self).__name__} has a {changed} of its own"
         layers = []
         for block in self._stack():
             layer = block.fused_layer()

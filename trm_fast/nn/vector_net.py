@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 
 from trm_fast._dispatch import note_fallback
-from trm_fast.nn._hooks import is_hooked
-from trm_fast.ops import vector_latent_update
+from trm_fast.nn._hooks import is_hooked, overrides
+from trm_fast.ops.vector_latent_update import EPS, vector_latent_update
 
 Scale = Sequence[float] | Tensor | Callable[[int], float | Tensor]
 
@@ -140,12 +141,17 @@ class VectorNet(nn.Module):
             return "x, y and z are not [batch, hidden] of one shape and dtype"
         if not self.draws_nothing:
             return "random numbers are drawn"
+        changed = overrides(self, VectorNet, "inject", "update_z", "update_y", "weights")
+        if changed is not None:
+            return f"{type(self).__name__} has a {changed} of its own"
         return None if self._is_plain() else "a layer has hooks, or is another one"
 
     def _is_plain(self) -> bool:
-        layers = list(self.children())
+        layers: list[Any] = list(self.children())
         kinds = [nn.Linear, nn.Linear, nn.LayerNorm] * 2
-        return [type(layer) for layer in layers] == kinds and not any(map(is_hooked, layers))
+        if [type(layer) for layer in layers] != kinds or any(map(is_hooked, layers)):
+            return False
+        return all(layer.eps == EPS for layer in (layers[2], layers[5]))
 
 
 def _numbers(scale: Scale | None, T: int) -> list[float] | None:
