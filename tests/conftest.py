@@ -86,7 +86,7 @@ def device(backend: str) -> torch.device:
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Gives each test the same process: its order among the others must not matter."""
-    from trm_fast import _dispatch
+    from trm_fast import _dispatch, _slow_paths
 
     # These tensors are too small for more threads.
     torch.set_num_threads(1)
@@ -95,8 +95,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     # What ran instead of what in other tests is none of this one's.
     for op in _dispatch.OPS.values():
         op.choices.clear()
+        op.earlier.clear()
         op.notes.clear()
-    _dispatch._warned.clear()
+    _slow_paths._warned.clear()
     yield
     if request.node.get_closest_marker("compile"):
         torch._dynamo.reset()

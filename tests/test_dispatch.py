@@ -148,7 +148,8 @@ def warnings_of(function, *arguments, **options) -> list[str]:
 @needs_library
 def test_the_slow_path_is_told_once_with_its_reason():
     (told,) = warnings_of(call, torch.float64)
-    assert "adaptive_step runs on the reference: cpp: runs float32" in told
+    assert "adaptive_step runs on the reference (the official filter" in told
+    assert "docs/performance.md): cpp: runs float32" in told
     OPS["adaptive_step"].choices.clear()
     assert not warnings_of(call, torch.float64)
 

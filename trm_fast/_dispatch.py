@@ -8,8 +8,8 @@ turns every fallback into an error.
 """
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -24,6 +24,7 @@ from trm_fast import _native
 from trm_fast._autograd import is_transformed
 from trm_fast._compiler import constant_result
 from trm_fast._errors import BackendError
+from trm_fast._slow_paths import SlowPaths, tell
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -228,6 +229,7 @@ class Op:
     lacks: Callable[[str], tuple[str, ...]] = _knows_everything
     slower: str = ""
     choices: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
+    earlier: dict[tuple[object, ...], Choice] = field(default_factory=dict, init=False, repr=False)
     functions: dict[str, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
     notes: dict[str, dict[str, None]] = field(default_factory=dict, init=False, repr=False)
 
@@ -269,9 +271,16 @@ class Op:
         return self.choices.get(key) or self._remembered(key)
 
     def _remembered(self, key: tuple[Any, ...]) -> Choice:
-        if key not in self.choices:
-            self.choices[key] = self._choose(*key)
-        return self.choices[key]
+        choice = self.choices.get(key) or self._choose(*key)
+        self.choices[key] = choice
+        return choice
+
+    def forget_slow(self) -> None:
+        """Has the choices of the reference made, and told, once more; ``earlier`` keeps them."""
+        for key, choice in list(self.choices.items()):
+            if choice.backend == "reference":
+                self.earlier[key] = choice
+                self.choices.pop(key, None)
 
     def _choose(
         self,
@@ -290,13 +299,20 @@ class Op:
             reason = reason_against(check_name(named))
             if reason:
                 raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
+            faster = self.order.get(device_type, ())[:1] not in ((), ("reference",))
+            if faster and named == _named == "reference":
+                tell(self.name, "on the reference", _what_names(), self.slower, warns=False)
             return Choice(named, self._function(named), ())
+        if device_type not in self.order and device_type != "meta":
+            reason = f"nothing faster runs on {device_type} tensors"
+            tell(self.name, "on the reference", reason, self.slower)
         skipped: list[tuple[str, str]] = []
         for backend in self.order.get(device_type, ("reference",)):
             reason = reason_against(backend)
             if reason is None:
                 if skipped and backend == "reference":
-                    _warn_once(self, "on the reference", "; ".join(map(": ".join, skipped)))
+                    reasons = "; ".join(map(": ".join, skipped))
+                    tell(self.name, "on the reference", reasons, self.slower)
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
             if _strict:
@@ -336,27 +352,25 @@ def note_fallback(op: str, device_type: str, dtype: torch.dtype, instead: str, r
     """
     kind = str(dtype).removeprefix("torch.")
     OPS[op].notes.setdefault(f"{device_type} {kind} ran {instead}", {})[reason] = None
-    if _named == "reference":
-        return
-    if _strict:
+    if _strict and _named != "reference":
         raise BackendError(f"{op}: TRM_FAST_STRICT=1 and the call would run {instead}: {reason}")
-    _warn_once(OPS[op], instead, reason)
+    tell(op, instead, reason, OPS[op].slower, warns=_named != "reference")
 
 
-_warned: set[tuple[str, str]] = set()
+@contextmanager
+def slow_paths() -> Iterator[SlowPaths]:
+    """Watches for a while which slow paths calls take, also those that were told before."""
+    with SlowPaths() as found:
+        for op in OPS.values():
+            op.forget_slow()
+        yield found
 
 
-def _warn_once(op: Op, instead: str, reason: str) -> None:
-    """Says that calls take the slow path, once in a process for each way and reason."""
-    if (instead, reason) in _warned:
-        return
-    _warned.add((instead, reason))
-    slower = f" ({op.slower})" if op.slower else ""
-    warnings.warn(
-        f"trm_fast: {op.name} runs {instead}{slower}: {reason}. TRM_FAST_STRICT=1 makes this an "
-        "error, and naming the reference as the backend silences it",
-        stacklevel=2,
-    )
+def _what_names() -> str:
+    """Returns what names the reference for the whole process."""
+    if os.environ.get("TRM_FAST_BACKEND") == _named:
+        return f"TRM_FAST_BACKEND={_named}"
+    return f"use_backend({_named!r})"
 
 
 def backends() -> dict[str, dict[str, dict[str, str]]]:
@@ -404,7 +418,7 @@ def without(op: Op, backend: str) -> str:
 def fallbacks(op: Op) -> dict[str, str]:
     """Returns the calls of an op that did not run as fast as they might, to all reasons."""
     found: dict[str, list[str]] = {}
-    for (device_type, dtypes, *_), choice in op.choices.items():
+    for (device_type, dtypes, *_), choice in (op.earlier | op.choices).items():
         if choice.skipped:
             kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))  # type: ignore[attr-defined]
             reasons = found.setdefault(f"{device_type} {kinds} ran on {choice.backend}", [])

@@ -72,6 +72,7 @@ def _train(recipe: "Recipe[Any]", options: "Options") -> int:
 
 def _rehearse(config: Any, trainer: Any) -> None:
     """Prints the settings and what one step has shown."""
+    from trm_fast._slow_paths import told_otherwise
     from trm_fast.recipes.settings import leaves
     from trm_fast.train.dry_run import dry_run
 
@@ -79,7 +80,8 @@ def _rehearse(config: Any, trainer: Any) -> None:
     width = max(len(name) for name, _ in settings)
     for name, value in settings:
         print(f"{name:{width}}  {value}")
-    found = dry_run(trainer)
+    with told_otherwise():
+        found = dry_run(trainer)
     print()
     print(f"parameters   {found.parameters:,}")
     print(
@@ -90,6 +92,8 @@ def _rehearse(config: Any, trainer: Any) -> None:
     print(
         f"one step     loss {found.loss:.4f}, {found.seconds:.2f} s (the first one is the slowest)"
     )
+    for line in found.slow_paths:
+        print(line)
 
 
 def _size(count: int) -> str:

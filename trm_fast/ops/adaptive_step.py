@@ -357,4 +357,5 @@ _op = Op(
     refuses=_refuses,
     examples=_examples,
     lacks=_lacks,
+    slower="the official filter with AdamW took 2.2 to 10.7 times as long where measured",
 )

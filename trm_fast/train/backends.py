@@ -30,7 +30,7 @@ def used(device: str | torch.device = "cpu") -> dict[str, dict[str, Any]]:
 
 def _used(op: Op, device_type: str) -> dict[str, Any]:
     calls: dict[str, set[str]] = {}
-    for (kind, dtypes, *_), choice in op.choices.items():
+    for (kind, dtypes, *_), choice in (op.earlier | op.choices).items():
         calls.setdefault(f"{kind} {_names(dtypes)}", set()).add(choice.backend)
     return {
         "chosen": _chosen(op, device_type),

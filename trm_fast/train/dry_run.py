@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from trm_fast._dispatch import slow_paths
 from trm_fast.train.checkpoints.snapshot import snapshot
 from trm_fast.train.generators import fork_rng, seed_everything
 from trm_fast.train.trainer import Trainer
@@ -29,6 +30,7 @@ class DryRun:
             memory, torch and data included.
         loss: of the step.
         seconds: of the step, which is slower than later ones.
+        slow_paths: one line for each reason why ops did not run as fast as they might.
     """
 
     parameters: int
@@ -39,6 +41,7 @@ class DryRun:
     peak: int
     loss: float
     seconds: float
+    slow_paths: tuple[str, ...]
 
 
 def dry_run(trainer: Trainer) -> DryRun:
@@ -47,7 +50,7 @@ def dry_run(trainer: Trainer) -> DryRun:
     Raises:
         ValueError: there is no batch.
     """
-    with fork_rng(trainer.world.device):
+    with fork_rng(trainer.world.device), slow_paths() as slow:
         seed_everything(trainer.config.seed)
         started = time.perf_counter()
         loss = trainer.try_step()
@@ -66,6 +69,7 @@ def dry_run(trainer: Trainer) -> DryRun:
         peak=_peak(trainer.world.device),
         loss=loss,
         seconds=seconds,
+        slow_paths=tuple(slow.new()),
     )
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trm_fast._dispatch import slow_paths
 from trm_fast._paths import expanded
+from trm_fast._slow_paths import SlowPaths
 from trm_fast.optim import WeightEMA
 from trm_fast.optim._closure import check_closure
 from trm_fast.train._evaluations import Evaluations
@@ -162,6 +164,7 @@ class Trainer:
             self, self._saving.save, lambda: self._request.leaving(), self._say
         )
         self._interval = Interval()
+        self._slow_paths = SlowPaths()
         self._in_step = False
         actions = Actions(
             self._guarded, self._log, self._evaluate, self._saving.save,
@@ -259,6 +262,7 @@ class Trainer:
             stack.enter_context(self.files.opened(resume, overwrite))
             stack.enter_context(fork_rng(self.world.device))
             seed_everything(self.config.seed + self.world.rank)
+            self._slow_paths = stack.enter_context(slow_paths())
             self.stop_reason = None
             loaded, told = go_back(self, self.files, self._settings()) if resume else (None, [])
             if loaded is not None:
@@ -334,6 +338,7 @@ class Trainer:
                 self._in_step = True
                 try:
                     self.train_step(batches, names)
+                    self._tell_slow_paths()
                     self._stages.after_step(waits=self._update.on_device)
                 finally:
                     self._in_step = False
@@ -467,6 +472,7 @@ class Trainer:
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
         self.metrics, self.evaluated_at = self._evaluations.safe_metrics(), self.step
+        self._tell_slow_paths()
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
         record |= self.metrics | self._stages.place()
@@ -545,6 +551,10 @@ class Trainer:
         self.files.append(EVENTS, record)
         for callback in self.callbacks:
             callback.on_event(self, record)
+
+    def _tell_slow_paths(self) -> None:
+        for line in self._slow_paths.new():
+            self.event("slow", line)
 
     def _record(self, record: Record) -> None:
         self.history.append(record)

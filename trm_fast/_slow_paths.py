@@ -1,0 +1,94 @@
+"""Calls that take a slower path than they might: each way and reason is told once."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+PAGE = "docs/performance.md"  # where the measured factors stand
+
+_Way = tuple[str, str]  # how calls run instead, and why
+_warned: set[_Way] = set()
+_watching: list["SlowPaths"] = []
+
+
+class SlowPathWarning(UserWarning):
+    """Calls of an op take a slower path than they might."""
+
+
+class SlowPaths:
+    """The slow paths that calls of this process take while this is entered."""
+
+    def __init__(self) -> None:
+        self._told: set[_Way] = set()
+        self._found: dict[_Way, dict[str, str]] = {}
+
+    def __enter__(self) -> "SlowPaths":
+        _watching.append(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _watching.remove(self)
+
+    def note(self, op: str, instead: str, reason: str, slower: str) -> None:
+        """Keeps what ``tell`` is given."""
+        if (instead, reason) not in self._told:
+            self._found.setdefault((instead, reason), {})[op] = slower
+
+    def new(self) -> list[str]:
+        """Returns one line for each way and reason that this has not returned yet: the reason, what
+        was measured of the path, and the ops that take it."""
+        if not self._found:
+            return []
+        found, self._found = self._found, {}
+        self._told.update(found)
+        return [_line(instead, reason, ops) for (instead, reason), ops in found.items()]
+
+
+def tell(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = True) -> None:
+    """Says that calls take a slow path: to all that watch, and by one warning in the process for
+    each way and reason.
+
+    Args:
+        op: whose calls.
+        instead: how they run, such as "on the reference".
+        reason: why.
+        slower: how much slower that was where it was measured; empty if it was not.
+        warns: whether it is warned of: not where it was asked for.
+    """
+    for watcher in _watching:
+        watcher.note(op, instead, reason, slower)
+    if not warns or (instead, reason) in _warned:
+        return
+    _warned.add((instead, reason))
+    measured = f" ({slower}: {PAGE})" if slower else ""
+    warnings.warn(
+        f"trm_fast: {op} runs {instead}{measured}: {reason}. TRM_FAST_STRICT=1 makes this an "
+        "error, and naming the reference as the backend silences it",
+        SlowPathWarning,
+        stacklevel=3,
+    )
+
+
+@contextmanager
+def told_otherwise() -> Iterator[None]:
+    """Leaves the warnings out where something else shows what ``SlowPaths`` has found."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPathWarning)
+        yield
+
+
+def _line(instead: str, reason: str, ops: dict[str, str]) -> str:
+    # What was measured comes before the names, as a terminal may show the beginning only.
+    measured = [f"{op}: {slower}" for op, slower in ops.items() if slower]
+    told = f" ({'; '.join(measured)}; {PAGE})" if measured else ""
+    return f"slow path: {reason}{told}: {instead} {_verb(len(ops))} {', '.join(ops)}"
+
+
+def _verb(count: int) -> str:
+    return "runs" if count == 1 else "run"
