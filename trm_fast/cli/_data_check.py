@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import chain, islice
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 
 from trm_fast.cli._tables import printable
 from trm_fast.data.puzzles import PuzzleSet
+from trm_fast.data.puzzles.arc_grids import SIDE, VOCAB_SIZE
+from trm_fast.data.puzzles.forms import (
+    KeysOf,
+    Repeats,
+    arc_keys,
+    exact_keys,
+    maze_keys,
+    repeats,
+    sudoku_keys,
+)
 from trm_fast.data.puzzles.maze import GOAL, PATH, START, WALL, shortest_path
-from trm_fast.data.puzzles.sudoku import check_sudoku
+from trm_fast.data.puzzles.sudoku import BOXES, check_sudoku
 from trm_fast.data.sources.official import read_official_sets, read_test_puzzles
 from trm_fast.data.sources.pairs import (
     MAZE_ALPHABET,
@@ -105,20 +115,21 @@ def check(path: Path) -> int:
         check_alike(path, fixed)
     except ValueError as error:
         parts[-1].fault(str(path), str(error).removeprefix(f"{path}: "))
-    repeats, first = _shared(parts)
+    shared, told = _shared(parts)
     for part in parts:
         print(printable(f"{part.name}: {part.kind}, {'; '.join(_described(part))}"))
     by_name = {part.name: part for part in parts}
     if len(by_name) > 1:
-        shown = f"{repeats:,} are in train too, first: {first}" if repeats else "none is in train"
-        print(printable(f"questions of the test: {shown}"))
+        print(printable(f"questions of the test: {told}"))
     faults = list(chain.from_iterable(part.faults for part in parts))[:_SHOWN]
     for fault in faults:
         print(printable(fault))
     bad = sum(part.bad for part in parts)
     if bad > len(faults):
         print(f"and {bad - len(faults):,} more")
-    wrong = [f"{bad:,} bad"] * (bad > 0) + [f"{repeats:,} in train and test"] * (repeats > 0)
+    wrong = [f"{bad:,} bad"] * (bad > 0) + [f"{shared.count:,} in train and test"] * (
+        shared.count > 0
+    )
     print(", ".join(wrong) or "nothing is wrong")
     return int(bool(wrong))
 
@@ -157,6 +168,8 @@ def _read_official(folder: Path, split: str) -> Iterator[_Part]:
 
 def _kind_of(data: PuzzleSet) -> str:
     meta = data.metadata
+    if (meta.seq_len, meta.vocab_size) == (SIDE**2, VOCAB_SIZE):
+        return "arc"
     size, labels = SUDOKU_SIZES.get(meta.seq_len), data.labels[next(_chunks(data))]
     # A maze of 4 x 4 has the sizes of a Sudoku, but walls in its labels.
     if size is not None and meta.vocab_size == size + 2 and (labels > 1).all():
@@ -331,34 +344,30 @@ def _sizes(part: _Part) -> list[str]:
     return shown
 
 
-def _shared(parts: list[_Part]) -> tuple[int, str]:
-    """Counts the test questions that are in the training data too; names the first."""
-    test = {
-        key: part.source(place)
-        for part in reversed(parts)
-        if part.name.startswith("test")
-        for place, key in _keys(part)
-    }
-    found: dict[bytes, str] = {}
-    for part in parts:
-        if part.name.startswith("train"):
-            for place, key in _keys(part):
-                if key in test and key not in found:
-                    found[key] = f"{test[key]} repeats {part.source(place)}"
-    return len(found), next(iter(found.values()), "")
+def _shared(parts: list[_Part]) -> tuple[Repeats, str]:
+    """Counts the test questions that are in the training data too, in the forms that augmentation
+    draws; says how many, and names the first."""
+    whole = [part for part in parts if part.data is not None]
+    train, test = ([part for part in whole if part.name.startswith(split)] for split in SPLITS)
+    keys_of = _keys_of([*train, *test])
+    found = repeats(*([p.data for p in split if p.data] for split in (train, test)), keys_of)
+    form = "" if keys_of is exact_keys else ", or a form of one that augmentation draws"
+    if found.test is None or found.train is None:
+        return found, f"none is in train{form}"
+    named = [
+        split[index].source(example)
+        for split, (index, example) in ((test, found.test), (train, found.train))
+    ]
+    return found, f"{found.count:,} are in train too{form}, first: {' repeats '.join(named)}"
 
 
-def _keys(part: _Part) -> Iterator[tuple[int, bytes]]:
-    """Yields a digest of puzzle identifier and question of each example."""
-    data = part.data
-    if data is None:
-        return
-    pad = data.metadata.pad_id
-    for piece in _chunks(data):
-        rows = np.arange(piece.start, piece.stop)
-        own = data.puzzle_identifiers[data.puzzle_of(rows)].astype(np.int32)
-        inputs = np.ascontiguousarray(data.inputs[rows], dtype=np.int32)
-        for place, identifier, tokens in zip(rows.tolist(), own.tolist(), inputs, strict=True):
-            # Padding behind depends on the longest question of a file.
-            used = np.trim_zeros(tokens - pad, "b")
-            yield place, blake2b(used.tobytes() + b"%d" % identifier, digest_size=16).digest()
+def _keys_of(parts: list[_Part]) -> KeysOf:
+    """Returns what tells which examples are forms of each other."""
+    kinds = {(part.kind, part.data.metadata.seq_len) for part in parts if part.data is not None}
+    kind, length = kinds.pop() if len(kinds) == 1 else ("puzzles", 0)
+    side = isqrt(length)
+    if kind == "sudoku" and side in BOXES:
+        return sudoku_keys(side)
+    if kind == "maze" and side * side == length:
+        return maze_keys(side, side)
+    return arc_keys if kind == "arc" else exact_keys

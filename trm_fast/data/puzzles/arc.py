@@ -152,7 +152,7 @@ def _generator(seed: int, name: str, purpose: int) -> np.random.Generator:
 
 def _variants(task: ArcTask, count: int, seed: int) -> _Variants:
     rng = _generator(seed, task.name, 0)
-    sums = _colour_sums([*task.train, *task.test])
+    sums = colour_sums([*task.train, *task.test])
     symmetry = np.zeros(1, np.uint8)
     colours = np.arange(COLOURS, dtype=np.uint8)[None]
     hashes = _hashes(sums, symmetry, colours)
@@ -170,7 +170,7 @@ def _variants(task: ArcTask, count: int, seed: int) -> _Variants:
     return _Variants(symmetry, colours)
 
 
-def _colour_sums(pairs: Sequence[Pair]) -> Array:
+def colour_sums(pairs: Sequence[Pair]) -> Array:
     """Sums of random weights over the cells of each colour, [8 symmetries, pairs, colours].
 
     The hash of a pair is linear in random values of its colours, so that recolouring it costs ten

@@ -10,6 +10,7 @@ from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.puzzles.arc import encode_arc
 from trm_fast.data.puzzles.arc_corpus import arc_tasks, read_arc_folder
 from trm_fast.data.puzzles.arc_voting import ArcVoting
+from trm_fast.data.puzzles.forms import KeysOf, arc_keys, exact_keys, maze_keys, sudoku_keys
 from trm_fast.data.puzzles.maze import MazeAugment, generate_mazes
 from trm_fast.data.puzzles.puzzle_batches import Augment
 from trm_fast.data.puzzles.sudoku import SudokuAugment, generate_sudoku, sudoku_tokens
@@ -31,14 +32,16 @@ class Splits(NamedTuple):
 
     Args:
         train: to learn from.
-        test: to evaluate with; none of them is in ``train``.
+        test: to evaluate with.
         augment: symmetries that are drawn for each batch, or None.
+        keys_of: tells which examples are forms of each other, as far as they are augmented.
         voting: the ARC evaluator, or None.
     """
 
     train: PuzzleSet
     test: PuzzleSet
     augment: Augment | None
+    keys_of: KeysOf
     voting: ArcVoting | None = None
 
 
@@ -89,7 +92,9 @@ class SudokuData:
                 seed=self.seed,
             )  # fmt: skip
             train, test = _split(*sudoku_tokens(*made), self.size + 2, self.train)
-        return Splits(train, test, SudokuAugment(self.size) if self.augment else None)
+        if not self.augment:
+            return Splits(train, test, None, exact_keys)
+        return Splits(train, test, SudokuAugment(self.size), sudoku_keys(self.size))
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,10 @@ class MazeData:
                 openings=self.openings, seed=self.seed,
             )  # fmt: skip
             train, test = _split(*made, 6, self.train)
-        return Splits(train, test, MazeAugment(self.height, self.width) if self.augment else None)
+        if not self.augment:
+            return Splits(train, test, None, exact_keys)
+        augment = MazeAugment(self.height, self.width)
+        return Splits(train, test, augment, maze_keys(self.height, self.width))
 
 
 @dataclass(frozen=True)
@@ -177,14 +185,15 @@ class ArcTasks:
         if self.path:
             splits = read_official(self.path, "train"), read_official(self.path, "test")
             voting = ArcVoting(read_identifiers(self.path), read_test_puzzles(self.path))
-            return Splits(*splits, None, voting)
+            return Splits(*splits, None, arc_keys, voting)
         training, evaluation = arc_tasks(self.version)
         if self.tasks:
             training, evaluation = training[: self.tasks], evaluation[: self.tasks]
         if self.extra:
             training = [*training, *read_arc_folder(self.extra)]
         made = encode_arc(training, evaluation, self.augmentations, self.seed)
-        return Splits(made.train, made.test, None, ArcVoting(made.identifiers, made.test_puzzles))
+        voting = ArcVoting(made.identifiers, made.test_puzzles)
+        return Splits(made.train, made.test, None, arc_keys, voting)
 
 
 def _check_counts(data: SudokuData | MazeData) -> None:

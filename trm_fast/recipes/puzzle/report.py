@@ -2,9 +2,11 @@
 
 from contextlib import nullcontext
 
+from trm_fast.data.puzzles.forms import exact_keys, repeats
 from trm_fast.nn import TinyRecursiveModel
 from trm_fast.recipes.puzzle.baselines import elimination, most_common
 from trm_fast.recipes.puzzle.config import ArcConfig, SudokuConfig
+from trm_fast.recipes.puzzle.data import Splits
 from trm_fast.recipes.puzzle.evaluation import Evaluation
 from trm_fast.recipes.puzzle.show import (
     MAZE_LEGEND,
@@ -28,12 +30,22 @@ def finish(trainer: Trainer, summary: Summary) -> list[str]:
     return lines
 
 
-def _voted(summary: Summary) -> list[str]:
+def _voted(summary: Summary, splits: Splits) -> list[str]:
     shares = ", ".join(
         f"{share:.1%} {name}" for name, share in summary.metrics.items() if name.startswith("pass@")
     )
     tasks = summary.metrics["tasks"]
-    return [f"solved by vote, of {tasks:.0f} evaluation tasks: {shares}"]
+    return [
+        f"solved by vote, of {tasks:.0f} evaluation tasks: {shares}",
+        f"test pairs: {_seen(splits) or 'none that it has seen in training'}",
+    ]
+
+
+def _seen(splits: Splits) -> str:
+    """Says how many of the test puzzles are in the training data; nothing if none is."""
+    found = repeats([splits.train], [splits.test], splits.keys_of)
+    form = "" if splits.keys_of is exact_keys else ", or a form of one that augmentation draws"
+    return f"{found.count:,} of {found.of:,} are in the training data{form}" * (found.count > 0)
 
 
 def _solved(trainer: Trainer, summary: Summary) -> list[str]:
@@ -41,9 +53,11 @@ def _solved(trainer: Trainer, summary: Summary) -> list[str]:
     assert isinstance(evaluation, Evaluation) and isinstance(model, TinyRecursiveModel)
     config, splits = evaluation.config, evaluation.splits
     share, count = summary.metrics["exact_accuracy"], summary.metrics["count"]
-    lines = [f"exactly solved: {share:.1%} of {count:,.0f} puzzles that it has never seen"]
     if isinstance(config, ArcConfig):
-        return _voted(summary)
+        return _voted(summary, splits)
+    seen = _seen(splits)
+    known = f", but {seen}" if seen else " that it has never seen"
+    lines = [f"exactly solved: {share:.1%} of {count:,.0f} puzzles{known}"]
     if isinstance(config, SudokuConfig):
         draw: Draw = draw_sudoku
         legend = sudoku_legend()
