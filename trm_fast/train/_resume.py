@@ -6,7 +6,8 @@ from typing import Any
 from trm_fast.train._circumstances import changes_since, differences
 from trm_fast.train._run_files import RunFiles
 from trm_fast.train.checkpoints.checkpoints import Loaded
-from trm_fast.train.checkpoints.snapshot import Resumable, restore
+from trm_fast.train.checkpoints.resumable import Resumable
+from trm_fast.train.checkpoints.snapshot import restore
 
 Told = list[tuple[str, str]]  # names of events and their messages
 
@@ -28,6 +29,7 @@ def go_back(
         if files.is_empty:
             return None, [("started", f"there is no run in {run.out} yet: this is a new one")]
         return None, [("started", "there is no checkpoint yet: starting at the beginning")]
+    before = files.settings_of(loaded)
     lost = restore(run, loaded.state)
     told = [("checkpoint", reason) for reason in (*loaded.skipped, *([lost] if lost else []))]
     told.append(("resumed", f"resumed at step {loaded.step} from {loaded.path.name}"))
@@ -35,7 +37,7 @@ def go_back(
     sources.of(run.curriculum.index)  # so that its data can be compared
     data = None if lost else sources.fingerprints()
     told += (("changed", line) for line in changes_since(run, loaded.state, data))
-    other = differences(files.settings_of(loaded), settings)
+    other = differences(before, settings)
     if other:
         told.append(("changed", f"settings have changed: {'; '.join(other)}"))
     return loaded, told

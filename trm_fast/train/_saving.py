@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Protocol
 
 from trm_fast.train._run_files import RunFiles
-from trm_fast.train.checkpoints.snapshot import Resumable, snapshot
+from trm_fast.train.checkpoints.resumable import Resumable
+from trm_fast.train.checkpoints.snapshot import snapshot
 
 
 class RunWithFiles(Resumable, Protocol):

@@ -115,6 +115,10 @@ class StageBatches:
         """Drops the iterator; the next one goes on where the batches stand."""
         self._present = None
 
+    def made(self) -> list[Batches]:
+        """Returns the batches that were made so far."""
+        return list(self._sources.values())
+
     def places(self) -> dict[str, Any]:
         """Returns where the batches of the stages stand in this process."""
         return self._places | {name: part.state_dict() for name, part in self._sources.items()}

@@ -3,13 +3,9 @@
 import os
 
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded
-from trm_fast.train.checkpoints.snapshot import (
-    Resumable,
-    check_weights,
-    fitted,
-    load_weights,
-    take_stage,
-)
+from trm_fast.train.checkpoints.resumable import Resumable
+from trm_fast.train.checkpoints.snapshot import check_weights, fitted, load_weights, take_stage
+from trm_fast.train.checkpoints.undo import undone_on_error
 
 
 def load_run(
@@ -17,8 +13,9 @@ def load_run(
 ) -> Loaded:
     """Takes over weights, their average, optimizers, step and stage from a checkpoint of a run.
 
-    What is read is verified, and compared with the trainer, before anything of it changes. Its
-    place in the data and what belongs to the next step stay as they are: the data may be others.
+    What is read is verified, and compared with the trainer, before anything of it changes; after
+    an error it is as it was. Its place in the data and what belongs to the next step stay as they
+    are: the data may be others.
 
     Args:
         run: a trainer of the same settings; it need not write there.
@@ -37,7 +34,8 @@ def load_run(
     loaded = Checkpoints(directory).load(which, parts=parts)
     state = fitted(run, loaded.state)
     check_weights(run, state)
-    take_stage(run, state)
-    load_weights(run, state)
+    with undone_on_error(run):
+        take_stage(run, state)
+        load_weights(run, state)
     run.step = loaded.step
     return loaded

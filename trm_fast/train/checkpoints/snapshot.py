@@ -3,39 +3,21 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trm_fast.train._circumstances import circumstances
-from trm_fast.train._extra import ExtraUpdates
-from trm_fast.train._guard import NonFiniteGuard
 from trm_fast.train.callbacks import Callback, by_name
-from trm_fast.train.curriculum import Curriculum
+from trm_fast.train.checkpoints.resumable import Resumable
+from trm_fast.train.checkpoints.undo import undone_on_error
 from trm_fast.train.distributed import sharded_like, whole
 from trm_fast.train.generators import generators, set_generators
 from trm_fast.train.run import Run
-from trm_fast.train.stateful import Stateful
 
 VERSION = 2  # of what a trainer saves; it grows when a resume needs something else
-
-
-class Resumable(Run, Protocol):
-    """A run with all that a checkpoint holds; a ``Trainer`` is one."""
-
-    callbacks: list[Callback]
-    guard: NonFiniteGuard
-    seconds: float
-    best_after: int
-    extra: ExtraUpdates
-
-    @property
-    def curriculum(self) -> Curriculum: ...
-
-    @property
-    def scaler(self) -> Stateful | None: ...
 
 
 def snapshot(run: Resumable) -> dict[str, Any]:
@@ -85,7 +67,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
 
 
 def restore(run: Resumable, state: dict[str, Any]) -> str | None:
-    """Takes over a snapshot.
+    """Takes over a snapshot; after an error the run is as it was.
 
     Returns:
         What could not be taken over because there are other processes now, or None.
@@ -94,7 +76,11 @@ def restore(run: Resumable, state: dict[str, Any]) -> str | None:
         ValueError: the snapshot is of another model, or other optimizers, callbacks or stages, or
             of another version of trm_fast that saves something else.
     """
-    state = fitted(run, state)
+    with undone_on_error(run):
+        return _restore(run, fitted(run, state))
+
+
+def _restore(run: Resumable, state: dict[str, Any]) -> str | None:
     saved = state["trainer"]
     same_world = saved["world_size"] == run.world.size
     own = _part(state, ("process", str(run.world.rank if same_world else 0)), dict)
