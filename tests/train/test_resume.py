@@ -134,6 +134,19 @@ def test_a_run_that_stopped_early_stays_stopped_unless_it_is_asked_for_more(tmp_
     again = make(1).fit(resume=True)
     assert (again.step, again.reason) == (first.step, first.reason)
     assert make(9).fit(resume=True).step == STEPS
+    told = [event["message"] for event in read_records(tmp_path / "events.jsonl")]
+    assert "EarlyStopping lm_loss: patience 1 is now 9" in told
+
+
+def test_a_stopping_with_another_mode_begins_anew_and_says_so(tmp_path):
+    first = EarlyStopping("lm_loss", 5, mode="max", min_delta=100)
+    function_run(tmp_path, (first,), steps=10).fit()
+    assert first.waited == 1
+    again = EarlyStopping("lm_loss", 5, mode="min", min_delta=100)
+    function_run(tmp_path, (again,), steps=11, evaluate_every=0).fit(resume=True)
+    assert again.waited == 0 and 0 < again.best < 99
+    told = [event["message"] for event in read_records(tmp_path / "events.jsonl")]
+    assert "EarlyStopping lm_loss: mode max is now min" in told
 
 
 def test_a_run_that_reached_its_target_goes_on_to_another_one(tmp_path):

@@ -1,5 +1,6 @@
 """Schedules of a trainer: those of every update, and those that an evaluation moves."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,12 +60,43 @@ def test_a_plateau_without_its_metric_is_refused(config, got):
         run(**config)
 
 
-def test_a_plateau_of_a_stage_is_refused_before_its_first_step():
-    stages = [Stage("one", split(6), schedules=plateau)]
+def test_a_plateau_of_a_later_stage_is_refused_when_the_trainer_is_made():
+    stages = [Stage("one", split(6), steps=4), Stage("two", schedules=plateau, steps=2)]
+    refused = "schedules of stage 'two' must not have ReduceLROnPlateau"
+    for lacking in ({"monitor": ""}, {"evaluate_every": 0}):
+        with pytest.raises(ValueError, match=refused):
+            run(schedules=(), batches=Curriculum(stages), **lacking)
+    # The stage after it has no evaluation either, but this one has.
+    evaluated = [stages[0], replace(stages[1], evaluate_every=1), Stage("three")]
+    run(schedules=(), batches=Curriculum(evaluated), evaluate_every=0)
+
+
+def test_what_a_later_stage_would_schedule_moves_nothing_before():
+    def made(optimizers):
+        return [lr_scheduler.LinearLR(each, 0.25) for each in optimizers]
+
+    trainer = run(
+        batches=Curriculum([Stage("one", split(6), steps=4), Stage("two", schedules=made)])
+    )
+    (group,) = trainer.optimizers[0].param_groups
+    assert group["lr"] == 1.0 and "step" not in vars(trainer.optimizers[0])
+
+
+def test_schedules_that_need_their_stage_are_looked_at_when_it_begins():
+    def made(optimizers):
+        return plateau(optimizers) if optimizers[0].param_groups[0]["momentum"] else 1 / 0
+
+    stages = [
+        Stage("one", split(6), steps=2),
+        Stage("two", settings={"momentum": 0.5}, schedules=made),
+    ]
     trainer = run(schedules=(), batches=Curriculum(stages), monitor="")
     with pytest.raises(ValueError, match="must not have ReduceLROnPlateau"):
         trainer.fit()
-    assert trainer.step == 0
+    assert trainer.step == 2
+
+
+def test_a_plateau_of_a_stage_is_given_its_metrics():
     stages = [Stage("one", split(6), steps=4), Stage("two", schedules=plateau)]
     trainer = run(schedules=(), batches=Curriculum(stages))
     trainer.fit()

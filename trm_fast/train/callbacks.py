@@ -126,7 +126,8 @@ def by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
 
 class EarlyStopping(Callback):
     """Stops when a metric of the evaluation has not become better for a while. With each stage of a
-    curriculum it begins anew.
+    curriculum it begins anew, and after a resume with another ``mode``, by which the values so far
+    do not compare; other settings hold from then on. An event says what has changed.
 
     Args:
         monitor: name of the metric.
@@ -152,8 +153,12 @@ class EarlyStopping(Callback):
         self.name = f"EarlyStopping {monitor}"
         self.best: float | None = None
         self.waited = 0
+        self._changes: list[str] = []  # since the checkpoint, still to be told
 
     def on_start(self, run: Run) -> None:
+        told, self._changes = self._changes, []
+        if told:
+            run.event("changed", f"{self.name}: {'; '.join(told)}")
         self._judge(run)
 
     def on_stage(self, run: Run, stage: str) -> None:
@@ -176,10 +181,18 @@ class EarlyStopping(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "settings": self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"patience": self.patience, "mode": self.mode, "min_delta": self.min_delta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        now = self._settings()
+        before = {**now, **state.get("settings", {})}  # checkpoints have not always had them
+        self._changes = [f"{k} {before[k]} is now {v}" for k, v in now.items() if before[k] != v]
         self.best, self.waited = state["best"], state["waited"]
+        if before["mode"] != self.mode:
+            self.best, self.waited = None, 0
 
 
 class StopAtTarget(Callback):

@@ -37,7 +37,9 @@ class Stage:
             stage begins, and with each resume before options are loaded, so it may depend on
             nothing but the stage.
         schedules: a function of the optimizers as for ``Trainer``, called after ``settings``. They
-            replace the schedules before, whose learning rates are undone first.
+            replace the schedules before, whose learning rates are undone first. It is also called
+            when the trainer is made, with copies of the optimizers: schedules that take a metric
+            are refused then where none will come, as far as they can be made so early.
         evaluate_every: updates of the stage per evaluation; None takes the trainer's.
 
     Raises:

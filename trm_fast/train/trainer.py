@@ -24,7 +24,7 @@ from trm_fast.train._interval import Interval, add_metrics, check_names
 from trm_fast.train._resume import drop_later, go_back
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._saving import Saving
-from trm_fast.train._schedules import check_schedules, takes_metric
+from trm_fast.train._schedules import check_later_schedules, check_schedules, takes_metric
 from trm_fast.train._signals import Interrupted, StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
 from trm_fast.train._summary import summary_values
@@ -133,6 +133,7 @@ class Trainer:
         )
         self._curriculum.check(self, evaluate)
         check_schedules(self.schedules, config, self._curriculum.stages, evaluate)
+        check_later_schedules(self._curriculum.stages, self.optimizers, config, evaluate)
         self.objective = objective_of(objective)
         self.ema = self._average()
         self._evaluate_without_stage = evaluate
