@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +287,19 @@ def test_mapped_files_are_those_of_the_official_layout(small, tmp_path):
         for name in ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_indices"):
             assert np.array_equal(getattr(again, name), getattr(getattr(data, split), name))
         assert again.metadata == found.metadata
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_mapped_files_take_the_place_of_links(tmp_path, link):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"kept")
+    out = tmp_path / "out" / "train"
+    out.mkdir(parents=True)
+    link(out / "all__inputs.npy", precious)
+    made = encode_arc([], [task("a")], 3, out=tmp_path / "out")
+    assert precious.read_bytes() == b"kept"
+    assert np.array_equal(np.load(out / "all__inputs.npy"), made.train.inputs)
+    assert sorted(path.name for path in out.iterdir()) == ["all__inputs.npy", "all__labels.npy"]
 
 
 def test_tasks_of_one_name_and_negative_numbers_are_refused():

@@ -94,7 +94,8 @@ def pair(question, answer):
 def arc_repeats(known, asked):
     """How many test pairs are seen where a task has the one pair and another one asks the other."""
     rest = pair([[3, 3, 3]], [[1]])
-    made = encode_arc([ArcTask("a", (known,), (pair([[6]], [[7]]),))], [ArcTask("b", (rest,), (asked,))], 3)
+    known_task = ArcTask("a", (known,), (pair([[6]], [[7]]),))
+    made = encode_arc([known_task], [ArcTask("b", (rest,), (asked,))], 3)
     found = repeats([made.train], [made.test], arc_keys)
     assert found.of == 1  # variants of it are the same question
     return found.count

@@ -36,6 +36,19 @@ def test_sudokus_come_from_the_cache_with_their_lines(cache):
     assert counts.good == 1
 
 
+def test_the_home_directory_may_hold_the_cache(cache, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setenv("HOME", str(cache))
+    assert len(load_hub(SUDOKU, "test", cache_dir="~")) == 1
+    given = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *_, **options: given.append(options["cache_dir"])
+    )
+    hub_file(MAZE, "x.csv", download=True, cache_dir="~/hub")
+    assert given == [str(cache / "hub")]
+
+
 def test_bad_rows_are_named_by_repository_and_line(cache):
     [path] = cache.rglob("test.csv")
     path.write_text(CSV + "s,secret,b,1\n")

@@ -1,5 +1,6 @@
 """Trackers get all metrics, and neither stop nor slow a run, whatever they do."""
 
+import random
 import sys
 import threading
 from importlib.machinery import ModuleSpec
@@ -7,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trm_fast.train import Checkpoints, Tracker
 from trm_fast.train import trackers as module
@@ -57,7 +59,26 @@ def test_a_tracker_gets_all_numbers_in_order(tmp_path):
     assert memory.written[1][1].keys() == {"evaluation/lm_loss", "evaluation/noise"}
 
 
-@pytest.mark.parametrize("place", ["make", "write", "close"])
+def test_a_tracker_that_cannot_start_ends_the_run_before_its_first_step(tmp_path):
+    trainer = function_run(tmp_path, (Tracker(Memory(fails="make")),))
+    told = "^Tracker: Memory must be able to start; got ConnectionError: the server is away$"
+    with pytest.raises(ValueError, match=told):
+        trainer.fit()
+    assert trainer.step == 0 and not (tmp_path / "ckpt").exists()
+
+
+def test_what_a_tracker_draws_to_start_is_no_part_of_the_run(tmp_path):
+    def drawing(run):
+        random.random()
+        torch.rand(())
+        return Memory()
+
+    function_run(tmp_path / "alone").fit()
+    function_run(tmp_path / "tracked", (Tracker(drawing),)).fit()
+    assert differences(result(tmp_path / "alone"), result(tmp_path / "tracked")) == []
+
+
+@pytest.mark.parametrize("place", ["write", "close"])
 def test_a_tracker_that_raises_is_reported_once_and_changes_nothing(place, tmp_path):
     function_run(tmp_path / "alone").fit()
     function_run(tmp_path / "tracked", (Tracker(Memory(fails=place)),)).fit()
@@ -78,6 +99,7 @@ def test_a_tracker_that_hangs_is_reported_once_and_nobody_waits(place, tmp_path,
 
 def test_a_tracker_that_hangs_is_given_up_when_its_queue_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_QUEUE", 3)
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
     memory = Memory(hangs="make")
     function_run(tmp_path, (Tracker(memory),), log_every=1).fit()
     memory.go_on.set()
@@ -166,17 +188,26 @@ class Wandb(ModuleType):
     ("key", "mode", "works"),
     [(None, None, False), (None, "online", False), (None, "offline", True), ("key", None, True)],
 )
-def test_without_a_login_a_run_ends_before_its_first_step(key, mode, works, tmp_path, monkeypatch):
+def test_without_a_login_there_is_no_tracker(key, mode, works, tmp_path, monkeypatch):
     wandb = Wandb(key)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if mode is not None:
         monkeypatch.setenv("WANDB_MODE", mode)
-    trainer = function_run(tmp_path, (Tracker("wandb"),))
     if works:
-        trainer.fit()
+        function_run(tmp_path, (Tracker("wandb"),)).fit()
         assert wandb.steps == [4, 5, 8, 10, 12, 12]
         return
     with pytest.raises(ValueError, match="run `wandb login`, or set WANDB_API_KEY"):
-        trainer.fit()
-    assert trainer.step == 0 and wandb.steps == []
+        Tracker("wandb")
+
+
+def test_a_package_that_is_broken_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("key"))
+
+    def broken(name):
+        raise ImportError("no symbol\nin a library")
+
+    monkeypatch.setattr(module, "import_module", broken)
+    with pytest.raises(ValueError, match=r"must be a package that works; got .*: no symbol$"):
+        Tracker("wandb")

@@ -4,11 +4,15 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
+
 from trm_fast.train.callbacks import Callback
+from trm_fast.train.generators import fork_rng
 from trm_fast.train.run import Record, Run
 
 _NOT_METRICS = ("kind", "step", "seconds")
@@ -27,17 +31,18 @@ class Writer(Protocol):
 
 
 class Tracker(Callback):
-    """Hands metrics to a tracker. One without its package or a login is an error before the first
-    step; one that raises or hangs later is switched off with one event, and the run neither waits
-    for it nor changes. A metric goes there as ``train/loss`` or ``evaluation/accuracy``; one that
-    has a slash in its name keeps that.
+    """Hands metrics to a tracker. One without its package or a login is an error when it is made,
+    and one that cannot start is an error before the first step; one that raises or hangs later is
+    switched off with one event, and the run neither waits for it nor changes. A metric goes there
+    as ``train/loss`` or ``evaluation/accuracy``; one that has a slash in its name keeps that.
 
     Args:
         kind: "tensorboard" (needs tensorboard; writes below ``out``), "wandb" (needs wandb, and the
             network unless WANDB_MODE=offline), or a function of the run that returns a ``Writer``.
 
     Raises:
-        ValueError: the kind is unknown; when a run starts, "wandb" has no login.
+        ValueError: the kind is unknown, its package cannot be imported, or "wandb" has no login;
+            when a run starts, what writes cannot be made.
         ModuleNotFoundError: the package of the kind is not installed.
     """
 
@@ -49,6 +54,10 @@ class Tracker(Callback):
                 f"Tracker: {kind!r} needs its package, which is not installed: pip install {kind}",
                 name=kind,
             )
+        if isinstance(kind, str):
+            _check_import(kind)
+        if kind == "wandb":
+            _check_login()
         self._make = _WRITERS[kind] if isinstance(kind, str) else kind
         self._name = (
             kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
@@ -58,24 +67,34 @@ class Tracker(Callback):
         self._thread: threading.Thread | None = None
         self._run: Run | None = None
         self._fault: str | None = None
+        self._begun = threading.Event()
 
     def on_start(self, run: Run) -> None:
-        if run.world.is_main:
-            if self._make is _wandb:
-                _check_login()
-            self._run, self._fault, self._queue = run, None, queue.Queue(_QUEUE)
-            self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+        if not run.world.is_main:
+            return
+        self._run, self._fault, self._queue = run, None, queue.Queue(_QUEUE)
+        self._begun.clear()
+        self._thread = threading.Thread(target=self._work, args=(run,), daemon=True)
+        # What is drawn at random to start it is no part of the run.
+        with fork_rng(torch.device("cpu")):
             self._thread.start()
+            self._begun.wait(_PATIENCE)
+        if self._fault is not None:
+            self._thread = None
+            raise ValueError(f"Tracker: {self._name} must be able to start; got {self._fault}")
 
     def _work(self, run: Run) -> None:
         try:
             writer = self._make(run)
+            self._begun.set()
             while (record := self._queue.get()) is not None:
                 writer.write(record["step"], _numbers(record))
             writer.close()
         except BaseException as error:
             # Whatever a tracker does wrong must not end a run; the run says it.
             self._fault = f"{type(error).__name__}: {error}".partition("\n")[0]
+        finally:
+            self._begun.set()
 
     def _put(self, run: Run, record: Record) -> None:
         if self._thread is None:
@@ -145,6 +164,20 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _check_import(kind: str) -> None:
+    """Imports a package that is there.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module = "torch.utils.tensorboard" if kind == "tensorboard" else kind
+    try:
+        import_module(module)
+    except ImportError as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"Tracker: {kind!r} must be a package that works; got {reason}") from error
 
 
 def _check_login() -> None:

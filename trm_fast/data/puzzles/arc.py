@@ -12,9 +12,11 @@ other tasks; a task without known answers has labels without loss instead of a m
 
 from __future__ import annotations
 
+import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -96,6 +98,7 @@ def encode_arc(
         seed: >= 0.
         out: folder in which inputs and labels are made as mapped files, in the places that the
             official layout gives them, instead of in memory; ``write_official`` adds the rest.
+            Files that have these names are replaced, also links, and not what they lead to.
             ARC-AGI-1 with 1000 augmentations has 2.8 million pairs, 2.5 GB for each of the two.
 
     Raises:
@@ -212,9 +215,20 @@ def _allocator(out: str | PathLike[str] | None, split: str) -> Callable[[str, in
         return lambda name, count: np.zeros((count, *shape), np.uint8)
     home = expanded(out) / split
     home.mkdir(parents=True, exist_ok=True)
-    return lambda name, count: np.lib.format.open_memmap(
-        home / f"all__{name}.npy", mode="w+", dtype=np.uint8, shape=(count, *shape)
-    )
+    return lambda name, count: _mapped(home / f"all__{name}.npy", (count, *shape))
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Array:
+    """Returns a new file as an array; what has its name, a link too, is replaced and not written
+    to."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        beside.touch(exist_ok=False)
+        array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint8, shape=shape)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return array
 
 
 def _encode(

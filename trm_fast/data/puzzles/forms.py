@@ -5,9 +5,10 @@ each other share one by a collision only, at 1 in 2^64 for each pair of them, an
 
 - Sudoku: where colour refinement cannot tell two sets of clues apart. Every row, column, box and
   digit gets a colour, which is refined by the colours of what it meets, so that the key depends on
-  the whole puzzle; of all 4 x 4 puzzles with one solution no two that differ share one. To name a
-  puzzle of which there is no form a repeat is the error on the safe side.
-- ARC: the example is a pair, wherever it stands on the canvas and whatever its task is called.
+  the whole puzzle. Such a pair is called a repeat, the error on the safe side; none is known, and a
+  test compares the keys with an exhaustive search on 4 x 4.
+- ARC: an example is a pair, wherever it stands on the canvas and whatever its task is called, and
+  of the variants of a task, which are forms of each other by their making, the first one counts.
 
 Source: B. Weisfeiler and A. Leman 1968 (colour refinement).
 """

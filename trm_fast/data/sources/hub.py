@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from trm_fast._paths import expanded
 from trm_fast.data.puzzles import PuzzleSet
 from trm_fast.data.sources.pairs import read_maze_csv, read_sudoku_csv
 from trm_fast.data.sources.rows import OnBad, Path, RowCounts
@@ -43,7 +44,8 @@ def load_hub(
         repository: "sapientinc/sudoku-extreme" or "sapientinc/maze-30x30-hard-1k".
         split: "train" or "test".
         download: whether the file may be fetched; otherwise no connection is opened.
-        cache_dir: of the hub, by default its own (``HF_HUB_CACHE``).
+        cache_dir: of the hub, by default its own (``HF_HUB_CACHE``); a leading "~" is the home
+            directory.
         skipped: called with the reason if the file cannot be had; by default a warning, once.
         on_bad, bad_rows, max_bad_fraction, counts: as for ``trm_fast.data.read_pairs``.
 
@@ -96,16 +98,17 @@ def hub_file(
     hub = _package("huggingface_hub", repository, skipped)
     if hub is None:
         return None
+    cache = _expanded(cache_dir)
     if not download:
         # Not hf_hub_download(local_files_only=True), which asks the network who is calling.
-        found = hub.try_to_load_from_cache(repository, file, cache_dir, repo_type="dataset")
+        found = hub.try_to_load_from_cache(repository, file, cache, repo_type="dataset")
         if isinstance(found, str):
             return found
         remedy = f"`hf download --repo-type dataset {repository} {file}` fetches it"
         _skip(f"{repository}: {file} is not in the local cache; {remedy}", skipped)
         return None
     try:
-        path: str = hub.hf_hub_download(repository, file, repo_type="dataset", cache_dir=cache_dir)
+        path: str = hub.hf_hub_download(repository, file, repo_type="dataset", cache_dir=cache)
     except OSError as error:
         _skip(f"{repository}: {file} could not be fetched ({type(error).__name__})", skipped)
         return None
@@ -144,7 +147,7 @@ def hub_rows(
     try:
         with _offline(not download, datasets.config, hub.constants):
             rows: Iterable[dict[str, Any]] = datasets.load_dataset(
-                repository, config, split=split, cache_dir=cache_dir
+                repository, config, split=split, cache_dir=_expanded(cache_dir)
             )
     except OSError as error:
         reason = "is not in the local cache; download=True fetches it"
@@ -160,6 +163,10 @@ def hub_rows(
         _skip(f"{what} is not in the local cache; download=True fetches it", skipped)
         return None
     return rows
+
+
+def _expanded(cache_dir: Path | None) -> str | None:
+    return None if cache_dir is None else str(expanded(cache_dir))
 
 
 @contextmanager
