@@ -80,10 +80,31 @@ def test_a_run_goes_on_whatever_stands_in_the_place_of_stdout(name, bar, monkeyp
 def test_a_terminal_that_is_closed_changes_nothing_in_a_run(tmp_path, monkeypatch):
     function_run(tmp_path / "alone").fit()
     monkeypatch.setattr(sys, "stdout", STREAMS["EIO later"]())
-    # What the first one of a process imports may draw at random.
-    function_run(None, (Progress(),)).fit()
     function_run(tmp_path / "shown", (Progress(),)).fit()
     assert differences(result(tmp_path / "alone"), result(tmp_path / "shown")) == []
+
+
+def test_the_first_display_of_a_process_draws_nothing():
+    # In a process of its own: what is imported at random is so once.
+    code = """
+import random, sys, torch
+from trm_fast.train import Progress, Trainer, TrainerConfig
+
+class Drawn(Progress):
+    def on_start(self, run):
+        before = random.getstate()
+        super().on_start(run)
+        assert "rich.style" in sys.modules and random.getstate() == before
+        run.stop("seen")
+
+model = torch.nn.Linear(1, 1)
+loss = lambda model, batch: model(batch).sum()
+optimizer = torch.optim.SGD(model.parameters())
+assert "rich" not in sys.modules
+Trainer(model, optimizer, [torch.ones(1, 1)], loss, callbacks=[Drawn(bar=True)], device="cpu").fit()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_encoding_without_the_characters_shows_question_marks(monkeypatch):

@@ -5,8 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO, cast
 
+import torch
+
 from trm_fast.train.callbacks import Callback
 from trm_fast.train.display import Display, is_terminal, show_line
+from trm_fast.train.generators import fork_rng
 from trm_fast.train.run import Record, Run, Step
 
 _BYTES = 200  # of a line, with its end
@@ -38,6 +41,11 @@ class Progress(Callback):
     def on_start(self, run: Run) -> None:
         if not self.bar or not run.world.is_main:
             return
+        # rich draws from Python's generator when it is imported.
+        with fork_rng(torch.device("cpu")):
+            self._begin(run)
+
+    def _begin(self, run: Run) -> None:
         from rich import progress
         from rich.console import Console
 
