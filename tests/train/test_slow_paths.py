@@ -28,7 +28,6 @@ def told(out) -> list[dict]:
     return [event for event in events if event["event"] == "slow"]
 
 
-@pytest.mark.filterwarnings("ignore::trm_fast._slow_paths.SlowPathWarning")
 def test_an_event_of_the_first_step_has_reason_factor_and_page(not_built, tmp_path):
     function_run(tmp_path / "run", optimizer="grokfast", steps=9).fit()
     (event,) = told(tmp_path / "run")
@@ -38,7 +37,6 @@ def test_an_event_of_the_first_step_has_reason_factor_and_page(not_built, tmp_pa
     assert event["message"].endswith("on the reference runs adaptive_step")
 
 
-@pytest.mark.filterwarnings("ignore::trm_fast._slow_paths.SlowPathWarning")
 def test_every_run_of_a_process_tells_it(not_built, tmp_path):
     for name in ("one", "two"):
         function_run(tmp_path / name, optimizer="grokfast", steps=2).fit()
@@ -52,7 +50,6 @@ def test_a_fast_run_tells_nothing(tmp_path):
     assert told(tmp_path / "run") == []
 
 
-@pytest.mark.filterwarnings("ignore::trm_fast._slow_paths.SlowPathWarning")
 def test_the_dtype_is_a_reason(tmp_path):
     function_run(tmp_path / "run", optimizer="grokfast", steps=2, dtype=torch.float64).fit()
     (event,) = told(tmp_path / "run")
@@ -109,7 +106,6 @@ def test_the_command_shows_it_once_with_all_ops(not_built, tmp_path, capsys, rec
     assert not [w for w in recwarn if str(w.message).startswith("trm_fast")]
 
 
-@pytest.mark.filterwarnings("ignore::trm_fast._slow_paths.SlowPathWarning")
 def test_layers_one_by_one_are_told(tmp_path):
     trainer = puzzle_run(tmp_path / "run", steps=2)
     hook = trainer.model.recursion.net.register_forward_hook(lambda *_: None)
