@@ -191,16 +191,22 @@ class GradFilter(AdaptiveOptimizer):
                 "or give it an optimizer in place of parameters"
             )
         loss = evaluate(closure)
+        self._filtered_step(self.optimizer)
+        return loss
+
+    # Compiled, the optimizer inside would read the gradients that were there before: torch 2.11
+    # looks at those of the tensors, not at what the frame that it compiles has put in their place.
+    @_disable_dynamo
+    def _filtered_step(self, optimizer: Optimizer) -> None:
         pairs = self._filtered()
         grads = [param.grad for param, _ in pairs]
         try:
             for param, filtered in pairs:
                 param.grad = filtered
-            self._step_inside(self.optimizer)
+            self._step_inside(optimizer)
         finally:
             for (param, _), grad in zip(pairs, grads, strict=True):
                 param.grad = grad
-        return loss
 
     def _step_inside(self, optimizer: Optimizer) -> None:
         found_inf = getattr(self, "found_inf", None)
