@@ -199,6 +199,7 @@ def test_an_average_of_torch_is_loaded(tmp_path):
         (torch.eye(4).to_sparse(), "must be a dense tensor of real numbers"),
         (torch.zeros(4, dtype=torch.complex64), "must be a dense tensor of real numbers"),
         (torch.zeros(4, device="meta"), "must be a dense tensor of real numbers"),
+        (torch.zeros(4, dtype=torch.uint8).view(torch.bits8), "must be a dense tensor of real"),
         ([1.0], "must be a tensor; got list"),
     ],
 )

@@ -69,7 +69,7 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor
             raise _error(f"{bare} must be there once; got it with several prefixes")
         if not isinstance(value, Tensor):
             raise _error(f"{name} must be a tensor; got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_complex() or value.is_meta:
+        if value.is_complex() or value.is_meta or not _can_be_copied(value):
             raise _error(
                 f"{name} must be a dense tensor of real numbers; got {value.dtype} in "
                 f"{value.layout} on {value.device}"
@@ -77,6 +77,18 @@ def read(source: str | PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor
         if bare != _AVERAGES:
             state[bare] = value
     return state
+
+
+def _can_be_copied(value: Tensor) -> bool:
+    """Whether a tensor of numbers can be made of it: not of one that is sparse, nested, quantized
+    or of bits, which would show only while a model is half loaded."""
+    if value.layout != torch.strided or value.is_nested:
+        return False
+    try:
+        value.detach().reshape(-1)[:1].to(torch.float64)
+    except RuntimeError:
+        return False
+    return not value.is_quantized
 
 
 def _bare(name: object) -> str:
