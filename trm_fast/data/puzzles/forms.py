@@ -61,21 +61,20 @@ def repeats(train: Sequence[PuzzleSet], test: Sequence[PuzzleSet], keys_of: Keys
     found = list(_keyed(test, keys_of))
     if not found:
         return Repeats(0, 0)
-    keys = np.concatenate([own for _, _, own in found])
-    order = np.argsort(keys)
+    keys, places, each = np.unique(
+        np.concatenate([own for _, _, own in found]), return_index=True, return_inverse=True
+    )
     seen, first = np.zeros(len(keys), bool), None
     for index, examples, candidates in _keyed(train, keys_of):
-        left = np.searchsorted(keys, candidates, sorter=order)
-        hits = np.flatnonzero(keys[order[np.minimum(left, len(keys) - 1)]] == candidates)
+        near = np.minimum(np.searchsorted(keys, candidates), len(keys) - 1)
+        hits = np.flatnonzero(keys[near] == candidates)
+        seen[near[hits]] = True
         if len(hits) and first is None:
-            first = int(order[left[hits[0]]]), (index, int(examples[hits[0]]))
-        right = np.searchsorted(keys, candidates[hits], "right", sorter=order)
-        for start, end in zip(left[hits].tolist(), right.tolist(), strict=True):
-            seen[order[start:end]] = True
+            first = int(places[near[hits[0]]]), (index, int(examples[hits[0]]))
     if first is None:
-        return Repeats(0, len(keys))
-    places = ((index, example) for index, own, _ in found for example in own.tolist())
-    return Repeats(int(seen.sum()), len(keys), next(islice(places, first[0], None)), first[1])
+        return Repeats(0, len(each))
+    every = ((index, example) for index, own, _ in found for example in own.tolist())
+    return Repeats(int(seen[each].sum()), len(each), next(islice(every, first[0], None)), first[1])
 
 
 def _keyed(sets: Sequence[PuzzleSet], keys_of: KeysOf) -> Iterator[tuple[int, Array, Keys]]:
@@ -93,7 +92,8 @@ def _of_first_variants(data: PuzzleSet) -> Array:
     firsts = data.group_indices[:-1]
     starts = data.puzzle_indices[firsts].tolist()
     ends = data.puzzle_indices[firsts + 1].tolist()
-    return np.concatenate([np.arange(*ends_of) for ends_of in zip(starts, ends, strict=True)])
+    pieces = [np.arange(start, end) for start, end in zip(starts, ends, strict=True)]
+    return np.concatenate([np.arange(0), *pieces])
 
 
 def exact_keys(data: PuzzleSet, examples: Array) -> Keys:
