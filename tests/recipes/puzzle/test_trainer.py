@@ -67,6 +67,25 @@ def test_a_recipe_trains_evaluates_and_says_how_it_went(tmp_path, name):
     assert said in text
 
 
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (True, " puzzles, but 6 of 6 are in the training data, or a form of one that"),
+        (False, " puzzles that it has never seen"),
+    ],
+)
+def test_a_form_of_a_training_puzzle_is_seen_where_augmentation_draws_it(tmp_path, augment, said):
+    inputs, labels = pairs()
+    turned = [
+        tokens.reshape(-1, 4, 4)[:, [1, 0, 3, 2]].reshape(-1, CELLS) for tokens in (inputs, labels)
+    ]
+    for split, (asked, answers) in (("train", (inputs, labels)), ("test", turned)):
+        write_official(tmp_path / "data", split, PuzzleSet.of_pairs(asked, answers, 6))
+    settings = {"data.path": str(tmp_path / "data"), "data.augment": augment}
+    trainer, summary = fit(micro("sudoku", tmp_path / "run", **settings))
+    assert any(said in line for line in finish(trainer, summary))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("preset", ["tiny", "official"])
 def test_settings_go_through_json_unchanged(name, preset):
