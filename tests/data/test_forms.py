@@ -32,14 +32,14 @@ def test_every_form_of_a_sudoku_is_a_repeat(size):
     inputs, labels = sudokus(40, size)
     forms = SudokuAugment(size)(inputs, labels, np.random.default_rng(0))
     found = repeats([puzzles(inputs, labels)], [puzzles(*forms)], sudoku_keys(size))
-    assert (found.count, found.of) == (40, 40)
-    assert repeats([puzzles(inputs, labels)], [puzzles(*forms)], exact_keys).count < 20
+    assert (found.seen, found.of) == (40, 40)
+    assert repeats([puzzles(inputs, labels)], [puzzles(*forms)], exact_keys).seen < 20
 
 
 @pytest.mark.parametrize("size", [6, 9])
 def test_other_sudokus_are_no_repeats(size):
     train, test = puzzles(*sudokus(300, size)), puzzles(*sudokus(300, size, seed=1))
-    assert repeats([train], [test], sudoku_keys(size)).count == 0
+    assert repeats([train], [test], sudoku_keys(size)).seen == 0
 
 
 def test_one_clue_less_is_another_sudoku():
@@ -47,7 +47,7 @@ def test_one_clue_less_is_another_sudoku():
     less = inputs.copy()
     for row in less:
         row[np.flatnonzero(row > 1)[0]] = 1
-    assert repeats([puzzles(inputs, labels)], [puzzles(less, labels)], sudoku_keys(9)).count == 0
+    assert repeats([puzzles(inputs, labels)], [puzzles(less, labels)], sudoku_keys(9)).seen == 0
 
 
 def lowest_form(grid):
@@ -83,8 +83,8 @@ def test_every_form_of_a_maze_is_a_repeat(shape):
     forms = MazeAugment(*shape)(*made, np.random.default_rng(0))
     other = generate_mazes(40, *shape, seed=1)
     train = puzzles(*made)
-    assert repeats([train], [puzzles(*forms)], maze_keys(*shape)).count == 40
-    assert repeats([train], [puzzles(*other)], maze_keys(*shape)).count == 0
+    assert repeats([train], [puzzles(*forms)], maze_keys(*shape)).seen == 40
+    assert repeats([train], [puzzles(*other)], maze_keys(*shape)).seen == 0
 
 
 def pair(question, answer):
@@ -98,7 +98,7 @@ def arc_repeats(known, asked):
     made = encode_arc([known_task], [ArcTask("b", (rest,), (asked,))], 3)
     found = repeats([made.train], [made.test], arc_keys)
     assert found.of == 1  # variants of it are the same question
-    return found.count
+    return found.seen
 
 
 KNOWN = pair([[1, 2], [0, 3]], [[5, 0, 5]])
@@ -132,5 +132,5 @@ def test_padding_behind_and_the_identifier_decide_without_symmetries():
         puzzles(np.array([[3, 4]]), np.array([[1, 1]])),
         puzzles(np.array([[3, 4, 0]]), np.array([[1, 1, 0]])),
     )
-    assert repeats([short], [long], exact_keys).count == 1
-    assert repeats([], [long], exact_keys).count == repeats([short], [], exact_keys).count == 0
+    assert repeats([short], [long], exact_keys).seen == 1
+    assert repeats([], [long], exact_keys).seen == repeats([short], [], exact_keys).seen == 0

@@ -127,8 +127,8 @@ def check(path: Path) -> int:
     bad = sum(part.bad for part in parts)
     if bad > len(faults):
         print(f"and {bad - len(faults):,} more")
-    wrong = [f"{bad:,} bad"] * (bad > 0) + [f"{shared.count:,} in train and test"] * (
-        shared.count > 0
+    wrong = [f"{bad:,} bad"] * (bad > 0) + [f"{shared.seen:,} in train and test"] * (
+        shared.seen > 0
     )
     print(", ".join(wrong) or "nothing is wrong")
     return int(bool(wrong))
@@ -350,7 +350,8 @@ def _shared(parts: list[_Part]) -> tuple[Repeats, str]:
     whole = [part for part in parts if part.data is not None]
     train, test = ([part for part in whole if part.name.startswith(split)] for split in SPLITS)
     keys_of = _keys_of([*train, *test])
-    found = repeats(*([p.data for p in split if p.data] for split in (train, test)), keys_of)
+    sets = [[part.data for part in split if part.data is not None] for split in (train, test)]
+    found = repeats(sets[0], sets[1], keys_of)
     form = "" if keys_of is exact_keys else ", or a form of one that augmentation draws"
     if found.test is None or found.train is None:
         return found, f"none is in train{form}"
@@ -358,7 +359,7 @@ def _shared(parts: list[_Part]) -> tuple[Repeats, str]:
         split[index].source(example)
         for split, (index, example) in ((test, found.test), (train, found.train))
     ]
-    return found, f"{found.count:,} are in train too{form}, first: {' repeats '.join(named)}"
+    return found, f"{found.seen:,} are in train too{form}, first: {' repeats '.join(named)}"
 
 
 def _keys_of(parts: list[_Part]) -> KeysOf:

@@ -37,13 +37,13 @@ class Repeats(NamedTuple):
     """Examples of a test that are in the training data too.
 
     Args:
-        count: how many.
+        seen: how many.
         of: of how many.
         test, train: set and number of the first of them, and of the one that it repeats; None if
             there is none.
     """
 
-    count: int
+    seen: int
     of: int
     test: tuple[int, int] | None = None
     train: tuple[int, int] | None = None
@@ -183,13 +183,13 @@ def arc_keys(data: PuzzleSet, examples: Array) -> Keys:
     return found
 
 
-def _grid(canvas: Array) -> Array | None:
-    """Returns the colours on a canvas [900], wherever they stand; None where there are none."""
+def _grid(canvas: Array) -> Array:
+    """Returns the colours on a canvas [900], wherever they stand; nothing where there are none."""
     tokens = canvas.reshape(SIDE, SIDE)
     coloured = (tokens >= FIRST_COLOUR) & (tokens < VOCAB_SIZE)
     rows, columns = (np.flatnonzero(coloured.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
-        return None
+        return np.zeros((0, 0), np.uint8)
     grid = tokens[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return np.where(grid >= FIRST_COLOUR, grid - FIRST_COLOUR, 0).astype(np.uint8)
 

@@ -45,7 +45,7 @@ def _seen(splits: Splits) -> str:
     """Says how many of the test puzzles are in the training data; nothing if none is."""
     found = repeats([splits.train], [splits.test], splits.keys_of)
     form = "" if splits.keys_of is exact_keys else ", or a form of one that augmentation draws"
-    return f"{found.count:,} of {found.of:,} are in the training data{form}" * (found.count > 0)
+    return f"{found.seen:,} of {found.of:,} are in the training data{form}" * (found.seen > 0)
 
 
 def _solved(trainer: Trainer, summary: Summary) -> list[str]:
