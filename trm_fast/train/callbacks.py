@@ -184,7 +184,7 @@ class EarlyStopping(Callback):
         return {"best": self.best, "waited": self.waited, "settings": self._settings()}
 
     def _settings(self) -> dict[str, Any]:
-        return {"patience": self.patience, "mode": self.mode, "min_delta": self.min_delta}
+        return dict(patience=self.patience, mode=self.mode, min_delta=self.min_delta)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         now = self._settings()

@@ -52,7 +52,7 @@ class Repeats(NamedTuple):
 def repeats(train: Sequence[PuzzleSet], test: Sequence[PuzzleSet], keys_of: KeysOf) -> Repeats:
     """Counts the examples of a test of which the training data have a form.
 
-    Takes 32 bytes per example of the test, and none for those of the training data.
+    Takes 33 bytes per example of the test and 40 MB, none for those of the training data.
 
     Args:
         train, test: the sets of each.
