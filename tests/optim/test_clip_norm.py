@@ -236,3 +236,22 @@ def test_clipping_is_refused_where_autograd_looks_on() -> None:
     """The norm would be a constant to it, and the derivative wrong without a word."""
     with pytest.raises(ValueError, match="clip_norm must be None with differentiable"):
         GrokFastAdamW([one(1.0)], differentiable=True, clip_norm=1.0)
+
+
+def test_an_optimizer_inside_of_backward_does_not_clip_its_one_parameter() -> None:
+    """Each parameter has an optimizer there, which would take the norm of one gradient."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    for clip_norm in (None, 0.1):
+        model = torch.nn.Linear(3, 2)
+        before = [param.detach().clone() for param in model.parameters()]
+        options = {"lr": 0.1, "clip_norm": clip_norm}
+        _apply_optimizer_in_backward(GrokFastAdamW, model.parameters(), options)
+        value = model(torch.ones(4, 3)).sum()
+        if clip_norm is None:
+            value.backward()
+            assert not any(map(torch.equal, model.parameters(), before))
+        else:
+            with pytest.raises(ValueError, match="clip_norm must be None for an optimizer that"):
+                value.backward()
+            assert all(map(torch.equal, model.parameters(), before))

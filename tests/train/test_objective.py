@@ -194,3 +194,22 @@ def test_what_is_no_loss_is_refused(objective, message):
     model = embedded() if isinstance(objective, DeepSupervision) else network()
     with pytest.raises(TypeError, match=message):
         run(objective, model).fit()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.expand(2),
+        lambda value: value.detach(),
+        lambda value: value.round().long(),
+        lambda value: value * 1j,
+    ],
+)
+def test_a_loss_without_a_backward_pass_is_refused_before_anything_moves(change):
+    model = network()
+    before = [param.clone() for param in model.parameters()]
+    trainer = run(lambda model, batch: change(loss(model, batch)), model)
+    message = r"the loss of FunctionObjective must be one real number that depends on parameters"
+    with pytest.raises(ValueError, match=message):
+        trainer.fit()
+    assert trainer.step == 0 and all(map(torch.equal, model.parameters(), before))

@@ -100,12 +100,55 @@ def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(callback,
     assert trainer.step == 0 and not Checkpoints(tmp_path).list()
 
 
-def test_a_weight_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "value"), [("buffer", math.nan), ("parameter", math.inf), ("parameter", math.nan)]
+)
+def test_a_weight_that_cannot_be_saved_is_refused_before_the_first_step(kind, value, tmp_path):
     trainer = run(tmp_path)
-    trainer.model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
-    with pytest.raises(ValueError, match=r"model.mask must be finite; got NaN or infinity in 1"):
+    odd = torch.tensor([0.0, value])
+    if kind == "buffer":
+        trainer.model.register_buffer("odd", odd)
+    else:
+        trainer.model.register_parameter("odd", torch.nn.Parameter(odd))
+    with pytest.raises(ValueError, match=r"model.odd must be finite; got NaN or infinity in 1"):
         trainer.fit()
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_buffer_may_be_infinite_as_masks_are(ema, tmp_path):
+    def make(**config: Any) -> Trainer:
+        trainer = run(tmp_path, **config)
+        trainer.model.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
+        return trainer
+
+    make(steps=4, ema=ema).fit()
+    trainer = make(ema=ema)
+    trainer.fit(resume=True)
+    mask = Checkpoints(tmp_path).load().state["model"]["mask"]
+    assert torch.equal(mask, torch.full((2, 2), -math.inf).triu(1))
+    assert torch.equal(trainer.model.mask, mask)
+
+
+class Whole(Numbers):
+    """Its state is no dict."""
+
+    def state_dict(self) -> Any:
+        return torch.zeros(3)
+
+
+def test_a_state_of_a_callback_that_is_no_dict_is_refused_before_the_first_step(tmp_path):
+    trainer = run(tmp_path, Whole())
+    message = r"state_dict\(\) of callback 'Whole' must return a dict; got Tensor"
+    with pytest.raises(TypeError, match=message):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_a_nested_tensor_is_refused_by_its_place(tmp_path):
+    trainer = run(tmp_path, Numbers(rows=torch.nested.nested_tensor([torch.ones(2)])))
+    with pytest.raises(TypeError, match=r"process.0.callbacks.Numbers.rows must be a dense tensor"):
+        trainer.fit()
 
 
 def test_a_state_that_becomes_one_that_cannot_be_saved_is_named(tmp_path):

@@ -419,3 +419,13 @@ def test_the_average_starts_at_the_weights_before_the_first_update(optimizer):
         expected = 0.9 * state[name] + 0.1 * trainer.model.get_parameter(name).detach()
         # Three roundings of numbers below 8 in float64; the optimizer knows its decay in float32.
         assert (average - expected).abs().max() <= 3 * 8 * 2**-53 + 2**-24
+
+
+def test_optimizers_that_clip_a_part_each_are_refused():
+    from trm_fast import GrokFastAdamW
+
+    model = network()
+    first, *others = model.parameters()
+    optimizers = [GrokFastAdamW([first], clip_norm=1.0), GrokFastAdamW(others)]
+    with pytest.raises(ValueError, match=r"clip_norm must be in the TrainerConfig .*; got 1.0 in"):
+        Trainer(model, optimizers, split(6), loss, TrainerConfig(steps=1), device="cpu")

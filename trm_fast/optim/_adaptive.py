@@ -197,8 +197,18 @@ class AdaptiveOptimizer(Optimizer):
         steps = [step for step in found if step is not None]
         sums = self._measure(steps)
         if self.clip_norm is not None:
+            self._require_all_gradients()
             self._clip(steps, sums)
         return steps
+
+    def _require_all_gradients(self) -> None:
+        """Refuses to clip where each parameter has an optimizer that steps inside of backward."""
+        params = self.param_groups[0]["params"]
+        if params and hasattr(params[0], "_in_backward_optimizers"):
+            raise ValueError(
+                f"{type(self).__name__}: clip_norm must be None for an optimizer that steps inside "
+                f"of backward, which sees the gradient of one parameter; got {self.clip_norm!r}"
+            )
 
     def _group_step(self, index: int, group: Group) -> GroupStep | CompiledStep | None:
         """Returns the step of one group, checked; None if it has no gradients."""

@@ -1,7 +1,7 @@
 """The files of a run as a trainer uses them: none without ``out``, and written by one process."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class RunFiles:
             self.world.barrier()
             yield
 
-    def require_savable(self, state: Mapping[str, Any]) -> None:
+    def require_savable(self, state: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
         """Checks that a state can be saved, and that there is room for checkpoints of it; all
         processes must call it.
 
@@ -82,7 +82,7 @@ class RunFiles:
                 replaced = self.checkpoints.list() if self._overwrites else []
                 freed = sum(old.size for old in replaced)
                 # Two are kept while the next one is written.
-                self._directory.require_space(3 * size_of(state) - freed)
+                self._directory.require_space(3 * size_of(state, infinite) - freed)
         except (TypeError, ValueError, OSError) as error:
             refused = error
         # The others would wait for the first process, which alone writes.

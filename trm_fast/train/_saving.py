@@ -7,7 +7,7 @@ from typing import Protocol
 
 from trm_fast.train._run_files import RunFiles
 from trm_fast.train.checkpoints.resumable import Resumable
-from trm_fast.train.checkpoints.snapshot import snapshot
+from trm_fast.train.checkpoints.snapshot import own_buffers, snapshot
 
 
 class RunWithFiles(Resumable, Protocol):
@@ -41,7 +41,7 @@ class Saving:
         """Refuses, before the first step, what the first checkpoint could not hold; see
         ``RunFiles.require_savable``."""
         if self.run.files.checkpoints is not None:
-            self.run.files.require_savable(snapshot(self.run))
+            self.run.files.require_savable(snapshot(self.run), own_buffers(self.run))
 
     def save(self) -> Path | None:
         """Writes a checkpoint, unless there is one of what is now; see ``Trainer.save``."""
@@ -60,6 +60,7 @@ class Saving:
                 score=self._score(),
                 summary=dict(run.metrics),
                 best_after=max(run.best_after, run.step - stages.step if stages.history else -1),
+                infinite=own_buffers(run),
             )
             self._last = now, path
             for callback in run.callbacks:

@@ -97,6 +97,8 @@ class Update:
                 for found in self._results(objective, batch, slot == len(batches) - 1):
                     if not (isinstance(found, StepResult) and isinstance(found.loss, Tensor)):
                         raise _wrong_result(objective, found)
+                    if not _is_trainable(found.loss):
+                        raise _wrong_loss(objective, found.loss)
                     loss = found.loss / len(batches) if len(batches) > 1 else found.loss
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
                     part = loss.detach()
@@ -260,6 +262,19 @@ def _wrong_count(objective: Objective, count: int) -> ValueError:
     wanted = "at least one" if declared is None else f"{declared}, as backwards says"
     return ValueError(
         f"Trainer: losses of {type(objective).__name__} must yield {wanted}; got {count}"
+    )
+
+
+def _is_trainable(loss: Tensor) -> bool:
+    """Returns whether a backward pass can begin at a loss."""
+    return loss.numel() == 1 and loss.requires_grad and loss.is_floating_point()
+
+
+def _wrong_loss(objective: Objective, loss: Tensor) -> ValueError:
+    return ValueError(
+        f"Trainer: the loss of {type(objective).__name__} must be one real number that depends on "
+        f"parameters which require gradients; got a {loss.dtype} tensor of shape "
+        f"{tuple(loss.shape)}, requires_grad={loss.requires_grad}"
     )
 
 

@@ -124,6 +124,13 @@ class Trainer:
         self.optimizers: list[Optimizer] = [made] if isinstance(made, Optimizer) else list(made)
         for optimizer in self.optimizers:
             check_closure("Trainer: optimizers", optimizer, "One such as AdamW does")
+            clipped = getattr(optimizer, "clip_norm", None)
+            if len(self.optimizers) > 1 and clipped is not None:
+                raise ValueError(
+                    "Trainer: clip_norm must be in the TrainerConfig with several optimizers, each "
+                    f"of which sees a part of the norm; got {clipped!r} in a "
+                    f"{type(optimizer).__name__}"
+                )
         plans = schedules(self.optimizers) if callable(schedules) else schedules
         self.schedules: list[Any] = list(plans)
         # A run without stages is one stage that sets nothing.

@@ -56,14 +56,14 @@ Reasons = list[str]
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
-def size_of(state: Mapping[str, Any]) -> int:
+def size_of(state: Mapping[str, Any], infinite: Collection[str] = ()) -> int:
     """Returns the bytes of the tensors of a state, about the size of a checkpoint of it, after all
     that ``Checkpoints.save`` asks of it has been checked.
 
     Raises:
         TypeError, ValueError: it cannot be saved, as ``Checkpoints.save`` says.
     """
-    tensors, trees = _parts_of(state)
+    tensors, trees = _parts_of(state, infinite)
     _described(trees)
     parts = tensors.values()
     return sum(t.numel() * t.element_size() for part in parts for t in part.values())
@@ -101,6 +101,7 @@ class Checkpoints:
         score: float | None = None,
         summary: Mapping[str, Any] | None = None,
         best_after: int = -1,
+        infinite: Collection[str] = (),
     ) -> Path:
         """Saves a state and returns its directory as soon as that survives any crash.
 
@@ -116,6 +117,8 @@ class Checkpoints:
             summary: plain values that ``list`` shows.
             best_after: the best is looked for among checkpoints of later steps than this one, if
                 any of them has a score: those before it are scored by another measure.
+            infinite: names in the part "model" that may be infinite, though not NaN, such as
+                buffers that mask.
 
         Raises:
             TypeError: the state holds something that is no state; nothing was written.
@@ -125,7 +128,7 @@ class Checkpoints:
         """
         _require(type(step) is int and 0 <= step < 10**18, "step must be an int >= 0", step)
         _require(score is None or math.isfinite(score), "score must be finite or None", score)
-        tensors, trees = _parts_of(state)
+        tensors, trees = _parts_of(state, infinite)
         extra, described_summary = flatten(dict(summary or {}), "summary")
         _require(not extra, "summary must hold plain values only", ", ".join(extra))
         serial = 1 + max((info.serial for info in self.list()), default=0)
@@ -326,13 +329,15 @@ def _best_first(infos: Sequence[CheckpointInfo]) -> Infos:
     return [info for *_, info in sorted(scored, key=lambda entry: entry[:2])]
 
 
-def _parts_of(state: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _parts_of(
+    state: Mapping[str, Any], infinite: Collection[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     tensors, trees = {}, {}
     for name, part in state.items():
         plain = type(name) is str and _PART.fullmatch(name)
         _require(bool(plain), "a part must have a plain name (letters, digits, _ and -)", name)
         tensors[name], trees[name] = flatten(part, name)
-    _require_finite(tensors)
+    _require_finite(tensors, infinite)
     return tensors, trees
 
 
@@ -352,10 +357,11 @@ def _require(holds: bool, what: str, value: object) -> None:
         raise ValueError(f"checkpoint: {what}; got {value!r}")
 
 
-def _require_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _require_finite(tensors: Mapping[str, Mapping[str, Tensor]], infinite: Collection[str]) -> None:
     for part in FINITE:
         for name, tensor in tensors.get(part, {}).items():
-            if not _finite(tensor):
+            may_be = part == "model" and name in infinite and not bool(tensor.isnan().any())
+            if not may_be and not _finite(tensor):
                 wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
                 count = int((~torch.isfinite(wide)).sum())
                 raise ValueError(

@@ -23,7 +23,7 @@ VERSION = 2  # of what a trainer saves; it grows when a resume needs something e
 def snapshot(run: Resumable) -> dict[str, Any]:
     """Returns everything that a run needs to go on to the same bits; all processes must call it."""
     world = run.world
-    states = {name: part.state_dict() for name, part in by_name(run.callbacks).items()}
+    states = {name: _state_of(name, part) for name, part in by_name(run.callbacks).items()}
     own = {
         "objective": run.objective.state_dict(),
         "extra": run.extra.state_dict(),
@@ -32,7 +32,7 @@ def snapshot(run: Resumable) -> dict[str, Any]:
         "batches": run.curriculum.sources.places(),
         "data": {} if run.out is None else run.curriculum.sources.known_fingerprints(),
         "callbacks": {name: state for name, state in states.items() if state},
-        "buffers": bare_names(world.own_values(_own_buffers(run))),
+        "buffers": world.own_values(own_buffers(run)),
     }
     state = {
         "model": bare_names(whole(run.model.state_dict())),
@@ -291,17 +291,28 @@ def _named_group(options: dict[str, Any], params: list[nn.Parameter]) -> dict[st
     return {**group, "params": params if names is None else list(zip(names, params, strict=True))}
 
 
-def _own_buffers(run: Resumable) -> dict[str, Tensor]:
-    """Returns the buffers that are saved, but for those of optimizers, which move them alike in all
-    processes."""
+def _state_of(name: str, callback: Callback) -> dict[str, Any]:
+    state: Any = callback.state_dict()
+    if not isinstance(state, dict):
+        raise TypeError(
+            f"Trainer: state_dict() of callback {name!r} must return a dict; got "
+            f"{type(state).__name__}"
+        )
+    return state
+
+
+def own_buffers(run: Resumable) -> dict[str, Tensor]:
+    """Returns the buffers that are saved, by their names in a checkpoint, but for those of
+    optimizers, which move them alike in all processes."""
     saved = run.model.state_dict().keys()
     groups = [group for optimizer in run.optimizers for group in optimizer.param_groups]
     moved = {id(param) for group in groups for param in group["params"]}
-    return {
+    own = {
         name: buffer
         for name, buffer in run.model.named_buffers()
         if name in saved and id(buffer) not in moved
     }
+    return bare_names(own)
 
 
 def _restore_callbacks(callbacks: list[Callback], states: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ class _Part:
                 f"{self.place(keys)} must be a plain tensor; got {type(tensor).__name__}: "
                 "gather the whole tensor first"
             )
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise TypeError(
                 f"{self.place(keys)} must be a dense tensor with data; "
                 f"got {tensor.layout} on {tensor.device}"
