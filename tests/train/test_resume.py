@@ -274,7 +274,7 @@ def test_an_evaluation_after_the_last_checkpoint_is_recorded_once(tmp_path):
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
 
 
-@pytest.mark.parametrize("version", [None, 1, 3])
+@pytest.mark.parametrize("version", [None, 2, 4])
 def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(version, tmp_path):
     trainer = function_run(tmp_path)
     trainer.fit()
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(version, tmp
     if version is not None:
         state["trainer"]["version"] = version
     Checkpoints(tmp_path).save(STEPS + 1, state)
-    message = f"must be of version 2 of the state of a trainer; got {version or 1}. Go on with the"
+    message = f"must be of version 3 of the state of a trainer; got {version or 1}. Go on with the"
     with pytest.raises(ValueError, match=message):
         function_run(tmp_path, steps=20).fit(resume=True)
     with pytest.raises(ValueError, match=message):

@@ -458,7 +458,8 @@ class EpochTrainer(ABC):
         self.seed = values["hyperparameters"]["seed"]
         if self.batches is not None:
             place = {"seed": self.seed, "epoch": values["epoch"] + 1, "position": 0}
-            self.batches.load_state_dict({**place, "length": self.per_epoch, "start": None})
+            place |= {"length": self.per_epoch, "start": None, "now": None}
+            self.batches.load_state_dict(place)
         self._trainer_now, self._loaded = None, values.get("further_state", {})
         if self._loaded:
             self._trainer(self.epoch + 1, [])  # refuses a state that does not fit

@@ -50,6 +50,12 @@ class StageBatches:
     def __init__(self, stages: Sequence[HasBatches]) -> None:
         self._given = {stage.name: stage.batches for stage in stages if stage.batches is not None}
         self._names = _names_of_sources(stages)
+        # Made at once, so that what cannot be resumed is refused before the run.
+        self._ready = {
+            name: batches_of(given)
+            for name, given in self._given.items()
+            if name in self._names and is_iterated(given)
+        }
         self._sources: dict[str, Batches] = {}
         self._made: list[Any] = []  # by functions
         self._places: dict[str, Any] = {}  # of a checkpoint, until their sources are made
@@ -85,7 +91,9 @@ class StageBatches:
                     f"stage in {name!r}. Give both stages the batches themselves"
                 )
             self._made.append(given)
-        source = self._sources[name] = batches_of(given)
+        source = self._sources[name] = (
+            self._ready[name] if name in self._ready else batches_of(given)
+        )
         if name in self._places:
             source.load_state_dict(self._places.pop(name))
         # Epochs from before the run are nothing new.

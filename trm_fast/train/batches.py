@@ -1,5 +1,6 @@
 """Batches for a trainer: where a run stands in its data, and how it comes back there."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Final, Protocol, runtime_checkable
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trm_fast.train._loader_state import LoaderState
 from trm_fast.train.generators import fork_rng, generators, seed_everything, set_generators
 from trm_fast.train.stateful import Stateful
 
@@ -26,12 +28,14 @@ class Batches(Stateful, Protocol):
 class EpochBatches:
     """Goes through batches epoch by epoch, knows its place, and knows when an epoch is over.
 
-    What is drawn at the start of an epoch from the generators of Python, NumPy and torch, or from a
-    ``DataLoader``'s own, like the order of a shuffling one, is drawn again the same way after
-    ``load_state_dict``; the batches before the place are then read once more and thrown away. A
-    sampler with ``set_epoch``, such as ``DistributedSampler``, is given the epoch. A source with a
-    state (``Stateful``) goes back to the one that it had at the start of the epoch; a trainer takes
-    such a source for ``Batches`` unless it is given in here.
+    What is drawn at the start of an epoch from the generators of Python, NumPy and torch, like the
+    order of a shuffling ``DataLoader``, is drawn again the same way after ``load_state_dict``; the
+    batches before the place are then read once more and thrown away. Generators that the source has
+    for itself, and what its objects have changed since, as a sampler that keeps an order, belong to
+    the place as well (``LoaderState``). A sampler with ``set_epoch``, such as
+    ``DistributedSampler``, is given the epoch. A source or a part of it with a state (``Stateful``)
+    goes back to the one that it had at the start of the epoch; a trainer takes such a source for
+    ``Batches`` unless it is given in here.
 
     Args:
         source: gives the batches of one epoch each time it is iterated over, by ``__iter__`` or by
@@ -49,7 +53,9 @@ class EpochBatches:
 
     Raises:
         TypeError: the source is neither.
-        ValueError: while iterating, if the source gives no batch.
+        ValueError: what the source draws cannot be brought back: a generator without a state, or
+            processes of a ``DataLoader`` that go on from epoch to epoch (``persistent_workers``).
+            While iterating, if the source gives no batch.
     """
 
     def __init__(
@@ -68,8 +74,8 @@ class EpochBatches:
         self.epoch = self.position = self.completed = 0
         self._start: dict[str, Any] | None = None
         self._length = _length_of(source)
-        # Asked once, as a protocol takes its time to be looked up.
-        self._has_state = isinstance(source, Stateful)
+        self._loader = LoaderState(source)
+        self._told: set[str] = set()
 
     @property
     def per_epoch(self) -> int | None:
@@ -118,14 +124,19 @@ class EpochBatches:
             if self.seed is not None:
                 seeds = np.random.SeedSequence((self.seed, self.epoch))
                 seed_everything(int(seeds.generate_state(1, np.uint64)[0]))
-            self._start = self._sources_of_chance()
+            self._start = {**generators(_CPU), "loader": self._loader.state_dict(True)}
             return iter(self._of_epoch())
-        # A sampler draws its order with the first batch, from what the generators were then.
-        with fork_rng(_CPU):
-            self._go_back_to(self._start)
-            rest = iter(self._of_epoch())
-            for _ in range(self.position):
-                next(rest, None)
+        now = self._loader.state_dict(False)
+        try:
+            # A sampler draws its order with the first batch, from what the generators were then.
+            with fork_rng(_CPU):
+                set_generators(self._start, _CPU)
+                self._loader.load_state_dict(self._start["loader"])
+                rest = iter(self._of_epoch())
+                for _ in range(self.position):
+                    next(rest, None)
+        finally:
+            self._loader.load_state_dict(now)
         return rest
 
     def _of_epoch(self) -> Iterable[Any]:
@@ -136,35 +147,33 @@ class EpochBatches:
         self._length = _length_of(batches)
         return batches
 
-    def _sources_of_chance(self) -> dict[str, Any]:
-        found: dict[str, Any] = {**generators(_CPU)}
-        own = getattr(self.source, "generator", None)
-        if isinstance(own, torch.Generator):
-            found["own"] = own.get_state()
-        if self._has_state:
-            found["source"] = self.source.state_dict()  # type: ignore[union-attr]
-        return found
-
-    def _go_back_to(self, start: dict[str, Any]) -> None:
-        set_generators(start, _CPU)
-        if "own" in start:
-            self.source.generator.set_state(start["own"].cpu())  # type: ignore[union-attr]
-        if "source" in start:
-            self.source.load_state_dict(start["source"])  # type: ignore[union-attr]
-
     def describe(self) -> str:
         """Names the last batch."""
         return f"epoch {self.epoch}, batch {self.position - 1}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns seed, epoch, batches given in it, and what its order was drawn from."""
+        """Returns seed, epoch, batches given in it, what its order was drawn from, and what the
+        source keeps."""
         place = {"epoch": self.epoch, "position": self.position, "length": self._length}
-        return {"seed": self.seed, **place, "start": self._start}
+        now = self._loader.state_dict(self._start is None)
+        self._tell_unsaved()
+        return {"seed": self.seed, **place, "start": self._start, "now": now}
+
+    def _tell_unsaved(self) -> None:
+        for path in set(self._loader.unsaved()) - self._told:
+            self._told.add(path)
+            warnings.warn(
+                f"EpochBatches: {path} has changed and is not saved: if it is random, a resumed "
+                "run has other batches. Give its object state_dict and load_state_dict",
+                stacklevel=2,
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to the place of a ``state_dict``; an iterator from before must not be used."""
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
         self._start = state["start"]
+        if state["now"] is not None:
+            self._loader.load_state_dict(state["now"])
         if not is_iterated(self.source):
             self._length = state["length"]
         self.completed = self.epoch + (0 < (self._length or 0) <= self.position)

@@ -17,7 +17,7 @@ from trm_fast.train.distributed import sharded_like, whole
 from trm_fast.train.generators import generators, set_generators
 from trm_fast.train.run import Run
 
-VERSION = 2  # of what a trainer saves; it grows when a resume needs something else
+VERSION = 3  # of what a trainer saves; it grows when a resume needs something else
 
 
 def snapshot(run: Resumable) -> dict[str, Any]:
