@@ -2,11 +2,13 @@
 
     python -m tests.signals [--count 200] [--seed 0]
 
-Each run is a process of its own, which sends itself SIGTERM, SIGINT or SIGHUP from a thread: at its
-start, in a step, in an evaluation that would last for an hour, while it saves, or at its end. It is
-killed if it has not ended after a grace. What it leaves must be a checkpoint of its last finished
-step, and the run that is resumed from it must end with the bits of one that was left alone;
-otherwise the program exits with 1.
+Each run is a process of its own, in a session of its own, with or without processes of its loader.
+It is sent SIGTERM, SIGINT or SIGHUP, alone or with its whole group: at its start (before there are
+data, while they are made, before there is a trainer, in its first hook), while a batch is drawn, in
+a step, in an evaluation that would last for an hour, while it saves, or at its end. It is killed if
+it has not ended after a grace. What it leaves must be a checkpoint of its last finished step, and
+the run that is resumed from it must end with the bits of one that was left alone; otherwise the
+program exits with 1.
 """
 
 import argparse
@@ -18,46 +20,83 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from trm_fast.train import Callback, Checkpoints, Run, Step, Summary
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trm_fast.train import Callback, Checkpoints, Run, Step, Summary, Trainer
 
 from .support.processes import start
 from .train.runs import STEPS, differences, function_run, result
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-MOMENTS = ("start", "step", "evaluation", "saving", "end")
+MOMENTS = ("start", "data", "step", "evaluation", "saving", "end")
 # Only ends what hangs.
 GRACE_S = 60.0
 CONFIG = {"evaluate_every": 2, "save_every": 3, "ema": 0.9}
 
 
+class Plan(NamedTuple):
+    """Which signal is sent, and when.
+
+    Args:
+        number: of the signal.
+        moment: one of ``MOMENTS``.
+        step: of the run, from which on the moment counts; of the start, which place of it.
+        delay: seconds from the moment on.
+        group: whether all processes of the group get it.
+        workers: processes of the loader.
+    """
+
+    number: signal.Signals
+    moment: str
+    step: int
+    delay: float
+    group: bool
+    workers: int
+
+    def __str__(self) -> str:
+        to = "a group" if self.group else "one process"
+        return (
+            f"{self.number.name} to {to} in {self.moment} {self.step}, {self.delay:.4f} s, "
+            f"{self.workers} workers"
+        )
+
+
 class Sender(Callback):
-    """Sends a signal to its process, once, and writes down each step that is finished.
+    """Sends a signal to a run, once, and writes down each step that is finished.
 
     Args:
         steps: file of the last finished step.
-        number: of the signal.
-        moment: one of ``MOMENTS``.
-        step: of the run, from which on the moment counts.
-        delay: seconds from the moment on.
+        plan: what to send.
     """
 
-    def __init__(self, steps: Path, number: int, moment: str, step: int, delay: float) -> None:
-        self.steps, self.number, self.moment = steps, number, moment
-        self.step, self.delay, self.sent = step, delay, False
+    def __init__(self, steps: Path, plan: Plan) -> None:
+        self.steps, self.plan, self.run = steps, plan, os.getpid()
 
     def reach(self, moment: str, step: int) -> bool:
-        """Sends the signal if this is the moment; returns whether it is."""
-        if self.sent or moment != self.moment or step < self.step:
+        """Sends the signal if this is the moment; returns whether it is. A process of a loader may
+        be the one that sends it."""
+        if moment != self.plan.moment or step < self.plan.step:
             return False
-        self.sent = True
-        threading.Timer(self.delay, os.kill, (os.getpid(), self.number)).start()
+        try:
+            self.steps.with_suffix(".sent").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        if not self.plan.group:  # for a group it comes from outside
+            threading.Timer(self.plan.delay, os.kill, (self.run, self.plan.number)).start()
         return True
 
+    def finished(self) -> int:
+        """Returns the last finished step."""
+        return int(self.steps.read_text() or 0) if self.steps.exists() else 0
+
     def on_start(self, run: Run) -> None:
-        self.reach("start", self.step)
+        self.reach("start", 4)
 
     def on_gradients(self, run: Run, step: Step) -> None:
         self.reach("step", step.index)
@@ -66,7 +105,35 @@ class Sender(Callback):
         self.steps.write_text(str(run.step))
 
     def on_end(self, run: Run, summary: Summary) -> None:
-        self.reach("end", self.step)
+        self.reach("end", STEPS)
+
+
+class Examples(Dataset):
+    """Examples of which some come with a signal, and then take their time."""
+
+    def __init__(self, sender: Sender | None) -> None:
+        self.sender = sender
+        generator = torch.Generator().manual_seed(1)
+        self.features = torch.randn(26, 6, generator=generator)
+        self.targets = torch.randint(3, (26,), generator=generator)
+        if sender is not None:
+            sender.reach("start", 2)
+
+    def __len__(self) -> int:
+        return 26
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.sender is not None and self.sender.reach("data", self.sender.finished()):
+            time.sleep(0.05)
+        return self.features[index], self.targets[index]
+
+
+def small_run(out: Path, sender: Sender | None = None, workers: int = 0) -> Trainer:
+    """The run that is sent signals, or one like it that is left alone."""
+    # By fork, as these processes would otherwise load torch anew.
+    options = {"prefetch_factor": 1, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(Examples(sender), 7, shuffle=True, num_workers=workers, **options)
+    return function_run(out, () if sender is None else (sender,), batches=loader, **CONFIG)
 
 
 class Outcome(NamedTuple):
@@ -81,12 +148,15 @@ class Outcome(NamedTuple):
     failures: list[str]
 
 
-def live(out: Path, number: int, moment: str, step: int, delay: float) -> int:
+def live(out: Path, plan: Plan) -> int:
     """Trains until the signal ends the run; the exit code is 0 then."""
+    os.setsid()
     for each in NUMBERS:  # a shell may have had them ignored
         signal.signal(each, signal.SIG_DFL)
-    sender = Sender(out.with_suffix(".steps"), number, moment, step, delay)
-    trainer = function_run(out, (sender,), **CONFIG)
+    sender = Sender(out.with_suffix(".steps"), plan)
+    sender.reach("start", 1)
+    trainer = small_run(out, sender, plan.workers)
+    sender.reach("start", 3)
     evaluate, save = trainer.evaluator, trainer.files.checkpoints.save
 
     def evaluator(model):
@@ -104,46 +174,67 @@ def live(out: Path, number: int, moment: str, step: int, delay: float) -> int:
     os._exit(0)
 
 
-def signal_once(out: Path, whole: dict, chance: random.Random) -> tuple[str, str]:
-    """Returns the moment of one signal, and what was wrong after it, or nothing."""
-    number, moment = chance.choice(NUMBERS), chance.choice(MOMENTS)
-    last = STEPS - 2 if moment in ("evaluation", "saving") else STEPS
-    step = chance.randint(1, last)
+def planned(chance: random.Random) -> Plan:
+    """Draws a signal."""
+    moment = chance.choice(MOMENTS)
+    first, last = {
+        "start": (1, 4), "data": (0, STEPS - 4), "evaluation": (1, STEPS - 2),
+        "saving": (1, STEPS - 2),
+    }.get(moment, (1, STEPS))  # fmt: skip
     delay = chance.choice((0.0, chance.uniform(0.0, 0.02)))
+    return Plan(
+        chance.choice(NUMBERS), moment, chance.randint(first, last), delay,
+        group=chance.random() < 0.5, workers=chance.choice((0, 2)),
+    )  # fmt: skip
+
+
+def signal_once(out: Path, whole: dict, plan: Plan) -> str:
+    """Returns what was wrong after a signal, or nothing."""
     log = out.with_suffix(".log")
-    process = start(log, live, out, number, moment, step, delay)
+    process = start(log, live, out, plan, daemon=False)
+    if plan.group:
+        sent = out.with_suffix(".sent")
+        while process.is_alive() and not sent.exists():
+            time.sleep(0.001)
+        time.sleep(plan.delay)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, plan.number)
     process.join(GRACE_S)
-    told = f"{number.name} in {moment} {step}, {delay:.4f} s: "
     if process.exitcode is None:
         process.kill()
         process.join()
-    # The end of a process may come before the end of its run has given the handlers back.
-    late = moment in ("end", "start", "step", "saving") and process.exitcode == -number
+    # The end of a process may come before the end of its run has given the handlers back, and
+    # before a run there is none that could catch the signal.
+    late = plan.moment not in ("evaluation", "data") and process.exitcode == -plan.number
     if process.exitcode != 0 and not late:
-        return moment, f"{told}ended with {process.exitcode}\n{log.read_text()}"
-    steps = out.with_suffix(".steps")
-    finished = int(steps.read_text()) if steps.exists() else 0
-    found = Checkpoints(out).load().step
+        return f"{plan}: ended with {process.exitcode}\n{log.read_text()}"
+    finished = Sender(out.with_suffix(".steps"), plan).finished()
+    if late and finished == 0 and not Checkpoints(out).list():
+        found = 0
+    else:
+        found = Checkpoints(out).load().step
     if found != finished:
-        return moment, f"{told}a checkpoint of step {found} after step {finished}"
-    function_run(out, **CONFIG).fit(resume=True)
+        return f"{plan}: a checkpoint of step {found} after step {finished}"
+    small_run(out).fit(resume=True)
     differs = differences(whole, result(out))
-    return moment, f"{told}differs in {differs}" if differs else ""
+    return f"{plan}: differs in {differs}" if differs else ""
 
 
 def signal_often(directory: Path, count: int, seed: int) -> Outcome:
     """Compares runs that are ended by a signal, and resumed, with one that is left alone."""
     chance, moments, failures = random.Random(seed), Counter(), []
-    function_run(directory / "whole", **CONFIG).fit()
+    small_run(directory / "whole").fit()
     whole = result(directory / "whole")
     for index in range(count):
-        moment, wrong = signal_once(directory / f"run{index}", whole, chance)
-        moments[moment] += 1
+        plan = planned(chance)
+        wrong = signal_once(directory / f"run{index}", whole, plan)
+        moments[plan.moment] += 1
         failures += [wrong] if wrong else []
     return Outcome(moments, failures)
 
 
 def main(count: int, seed: int) -> int:
+    torch.set_num_threads(1)  # as in the processes
     with tempfile.TemporaryDirectory() as directory:
         found = signal_often(Path(directory), count, seed)
     for line in found.failures:

@@ -44,15 +44,16 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def start(log: Path, function: Callable[..., Any], *args: Any) -> BaseProcess:
+def start(log: Path, function: Callable[..., Any], *args: Any, daemon: bool = True) -> BaseProcess:
     """Starts a function in a process of its own.
 
     Args:
         log: gets what it prints.
         function: a function of a module, which returns the exit code.
         args: what it gets; pickled.
+        daemon: whether it ends with this process; only others may start processes.
     """
-    process = CONTEXT.Process(target=_run, args=(log, function, args), daemon=True)
+    process = CONTEXT.Process(target=_run, args=(log, function, args), daemon=daemon)
     process.start()
     return process
 

@@ -20,7 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from trm_fast.train import EpochBatches, Trainer, TrainerConfig
+from trm_fast.train import Callback, EpochBatches, Trainer, TrainerConfig
 from trm_fast.train.batches import iterator_of, next_batches
 from trm_fast.train.checkpoints.state import dumps, flatten, loads, unflatten
 from trm_fast.train.generators import generators, set_generators
@@ -397,10 +397,42 @@ def test_what_has_changed_and_cannot_be_saved_is_told_of_once():
     source.file.close()
 
 
-def test_a_place_of_other_parts_is_refused():
+def test_parts_that_are_no_longer_there_are_told_of():
     state = EpochBatches(HOLDERS["sampler"](random.Random(1))).state_dict()
-    with pytest.raises(ValueError, match=r"got none with sampler.kept.generators.0"):
+    with pytest.warns(UserWarning, match=r"have no sampler\.kept\.generators\.0 any more"):
         EpochBatches(DataLoader(DATA, BATCH)).load_state_dict(state)
+
+
+class Shifting(Cached, Callback):
+    """A sampler that is a callback as well."""
+
+    def __init__(self) -> None:
+        self.first = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([(self.first + i) % SIZE for i in range(SIZE)])
+
+    def on_step(self, run: Any, step: Any) -> None:
+        self.first += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first = state["first"]
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])  # three batches are an epoch
+def test_a_sampler_may_be_a_callback(step, tmp_path):
+    def run(out: Any, *callbacks: Any) -> Trainer:
+        sampler = Shifting()
+        loader = DataLoader(Examples(random.Random(1)), 4, sampler=sampler)
+        return function_run(out, (sampler, *callbacks), batches=loader, steps=9)
+
+    run(tmp_path / "whole").fit()
+    run(tmp_path / "parts", Interruption("signal", step)).fit()
+    run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
 
 
 def test_the_generators_of_the_process_are_not_those_of_a_loader():

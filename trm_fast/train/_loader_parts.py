@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from trm_fast.train.callbacks import Callback
+from trm_fast.train.objective import Objective
 from trm_fast.train.stateful import Stateful
 
 GENERATORS = (
@@ -93,7 +95,9 @@ def _file(found: Parts, path: str, value: Any, owner: _Owner) -> _Owner:
     package = _package(value)
     if isinstance(value, nn.Module) or (package == "trm_fast" and path):
         return _SEARCHED
-    if hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict"):
+    # Callbacks and objectives have theirs saved by the trainer, as of another moment.
+    has_state = hasattr(kind, "state_dict") and hasattr(kind, "load_state_dict")
+    if has_state and not isinstance(value, (Callback, Objective)):
         if not path or package not in _LIBRARIES:
             found.stateful[path] = value
         return _SEARCHED

@@ -1,5 +1,7 @@
 """``LoaderState``: what a loader keeps from epoch to epoch, beside what the process shares."""
 
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -57,27 +59,13 @@ class LoaderState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to what ``state_dict`` returned.
-
-        Raises:
-            ValueError: it is of a loader that is made of other parts.
-        """
-        for name, own in (
-            ("generators", self._generators),
-            ("changed", self._watched),
-            ("stateful", self._stateful),
-        ):
-            unknown = state[name].keys() - own.keys()
-            if unknown:
-                raise ValueError(
-                    "EpochBatches: the batches must be made as those of the saved place; got none "
-                    f"with {min(unknown)}"
-                )
-        for path, value in state["stateful"].items():
+        """Goes back to what ``state_dict`` returned; warns of parts that are no longer there."""
+        for path, value in _known(state["stateful"], self._stateful):
             self._stateful[path].load_state_dict(value)
+        changed = dict(_known(state["changed"], self._watched))
         for path, part in self._watched.items():
-            part.go_back(state["changed"].get(path))
-        for path, value in state["generators"].items():
+            part.go_back(changed.get(path))
+        for path, value in _known(state["generators"], self._generators):
             set_generator(self._generators[path], value)
 
     def unsaved(self) -> list[str]:
@@ -87,6 +75,19 @@ class LoaderState:
             for path, part in self._watched.items()
             for name in part.unsaved()
         ]
+
+
+def _known(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the states of parts that the loader has."""
+    for path, value in saved.items():
+        if path in own:
+            yield path, value
+            continue
+        warnings.warn(
+            f"EpochBatches: the batches have no {path} any more, of which there is a state: they "
+            "go on without it",
+            stacklevel=4,
+        )
 
 
 def _refuse_persistent(path: str, loader: DataLoader[Any]) -> None:

@@ -71,15 +71,27 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
     # None belongs to a handler that is not Python's, which could not be given back.
     before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
 
+    children: Any = signal.SIG_DFL
+
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def forget_workers() -> None:
+        """Keeps torch from raising, wherever the run stands, for a worker of a loader that the same
+        signal has ended; who waits for its batch is told by the loader."""
+        nonlocal children
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch.utils.data"):
+            children = handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def catch(number: int, frame: FrameType | None) -> None:
         # A terminal that closes may send it twice, by the shell and by the kernel.
         if request.signal == number == signal.SIGHUP:
             return
         restore()
+        forget_workers()
         if number == signal.SIGHUP:
             signal.signal(number, catch)
         name = signal.Signals(number).name
@@ -92,3 +104,5 @@ def graceful_stop(say: Callable[[str], None]) -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+        if children is not signal.SIG_DFL:
+            signal.signal(signal.SIGCHLD, children)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trm_fast.train._loader_state import LoaderState
+from trm_fast.train._workers import held_back, shield
 from trm_fast.train.generators import fork_rng, generators, seed_everything, set_generators
 from trm_fast.train.stateful import Stateful
 
@@ -125,19 +126,26 @@ class EpochBatches:
                 seeds = np.random.SeedSequence((self.seed, self.epoch))
                 seed_everything(int(seeds.generate_state(1, np.uint64)[0]))
             self._start = {**generators(_CPU), "loader": self._loader.state_dict(True)}
-            return iter(self._of_epoch())
+            return self._begun()
         now = self._loader.state_dict(False)
         try:
             # A sampler draws its order with the first batch, from what the generators were then.
             with fork_rng(_CPU):
                 set_generators(self._start, _CPU)
                 self._loader.load_state_dict(self._start["loader"])
-                rest = iter(self._of_epoch())
+                rest = self._begun()
                 for _ in range(self.position):
                     next(rest, None)
         finally:
             self._loader.load_state_dict(now)
         return rest
+
+    def _begun(self) -> Iterator[Any]:
+        batches = self._of_epoch()
+        if not shield((batches, *self._loader.loaders)):
+            return iter(batches)
+        with held_back():
+            return iter(batches)
 
     def _of_epoch(self) -> Iterable[Any]:
         source: Any = self.source

@@ -29,6 +29,7 @@ from trm_fast.train._signals import Interrupted, StopRequest, graceful_stop
 from trm_fast.train._stage_runner import Actions, StageRunner
 from trm_fast.train._summary import summary_values
 from trm_fast.train._update import Update
+from trm_fast.train._workers import is_lost_worker
 from trm_fast.train.batches import Batches, to_device
 from trm_fast.train.callbacks import Callback, by_name
 from trm_fast.train.config import Summary, TrainerConfig
@@ -339,7 +340,12 @@ class Trainer:
         try:
             self._in_hooks(self._stages.begin)
             while not self._is_interrupted() and self._goes_on():
-                batches, names = self._next_batches()
+                try:
+                    batches, names = self._next_batches()
+                except RuntimeError as error:
+                    if not self._is_lost_to_signal(error):
+                        raise
+                    continue
                 if not batches:
                     self._in_hooks(self._stages.after_batches)
                     continue
@@ -354,6 +360,15 @@ class Trainer:
         finally:
             # Processes of a loader end now; as garbage they would take seconds.
             self._curriculum.sources.leave()
+
+    def _is_lost_to_signal(self, error: RuntimeError) -> bool:
+        """Returns whether the signal that ends the run has ended a process of a loader too. Batches
+        that were taken for the same step, and several processes, cannot go without it."""
+        alone = self.world.size == 1 and self.config.accumulate == 1
+        if self._request.signal is None or not alone or not is_lost_worker(error):
+            return False
+        self.event("data", f"left by a signal: {' '.join(str(error).split())}")
+        return True
 
     def _is_interrupted(self) -> bool:
         self._signal = self.world.latest_signal(self._request.signal)
