@@ -380,10 +380,64 @@ def test_loaded_average_is_that_of_the_optimizer() -> None:
     model = two_linear()
     optimizer = GrokFastAdamW(model.parameters(), weight_ema=0.5)
     ema, other = WeightEMA.of(optimizer, model), WeightEMA(two_linear(seed=9), 0.9)
+    with pytest.raises(RuntimeError, match="take one step first"):
+        ema.load_state_dict(other.state_dict())
+    train(optimizer, make_grads(list(model.parameters()), 1))
     ema.load_state_dict(other.state_dict())
     kept = {name: optimizer.state[p]["weight_ema"] for name, p in model.named_parameters()}
     assert_same(kept, other.average)
     assert (ema.decay, optimizer.param_groups[0]["weight_ema"]) == (0.5, 0.5)
+
+
+def load_fives(model: nn.Module) -> dict[str, Tensor]:
+    """Loads weights in place of those that an average was made with, and returns them."""
+    model.load_state_dict({k: torch.full_like(v, 5.0) for k, v in model.state_dict().items()})
+    return weights(model)
+
+
+def follow(model: nn.Module, ema: WeightEMA, loaded: bool, step: Callable[[], object]) -> None:
+    """Reads an average before the first step, and compares it with float64 after each of five."""
+    if loaded:
+        load_fives(model)
+    own = weights(model)
+    with ema.swapped():
+        assert_same(weights(model), own)
+    assert_same(ema.average, own)
+    truth = {name: value.double() for name, value in own.items()}
+    for _ in range(5):
+        step()
+        for name, value in weights(model).items():
+            truth[name] = 0.9 * truth[name] + 0.1 * value.double()
+    for name, average in ema.average.items():
+        # Three roundings a step, of values below 6.
+        assert_within(average, truth[name], 5 * 3 * 2**-24 * 6, name)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@each_averaging
+def test_average_of_an_optimizer_starts_at_the_weights_of_its_first_step(
+    case: Case, loaded: bool
+) -> None:
+    model = two_linear()
+    optimizer = case(model.parameters(), lr=0.1, weight_ema=0.9)
+    rows = iter(make_grads(list(model.parameters()), 5))
+    follow(model, WeightEMA.of(optimizer, model), loaded, lambda: train(optimizer, [next(rows)]))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_average_of_a_plain_loop_starts_at_the_weights_of_its_first_update(loaded: bool) -> None:
+    model = two_linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rows = iter(make_grads(list(model.parameters()), 5))
+    ema = WeightEMA(model, 0.9)
+
+    def step() -> None:
+        if not ema.started:
+            ema.update()
+        train(optimizer, [next(rows)])
+        ema.update()
+
+    follow(model, ema, loaded, step)
 
 
 def test_parameters_without_average_stand_for_themselves() -> None:

@@ -64,8 +64,9 @@ class WeightEMA:
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> "WeightEMA":
         """Returns the averages that ``optimizer`` keeps with ``weight_ema``, by name: the same
-        tensors, which its step moves on. Parameters that it does not average stand for themselves;
-        those of groups that it is given later are averaged from then on.
+        tensors, which its step moves on; until its first step they are the weights. Parameters that
+        it does not average stand for themselves; those of groups that it is given later are
+        averaged from then on.
 
         Raises:
             ValueError: the optimizer keeps no average of a parameter of the model.
@@ -110,10 +111,23 @@ class WeightEMA:
         # Looked up each time, because loading a state dict replaces them. One of torch's optimizers
         # has none; the average then starts at the next step, at the weights.
         state = self._optimizer.state
+        for param in self._waiting():
+            with torch.no_grad():
+                state[param]["weight_ema"].copy_(param)
         return {
             name: state[param]["weight_ema"] if "weight_ema" in state[param] else param.detach()
             for name, param in self._params.items()
         }
+
+    def _waiting(self) -> list[Tensor]:
+        """Returns the parameters that an optimizer has not stepped yet: its first step starts the
+        average at the weights, which may have been loaded since it was made."""
+        states = [(param, self._optimizer.state[param]) for param in self._params.values()]  # type: ignore[union-attr]
+        return [
+            param
+            for param, state in states
+            if "weight_ema" in state and "step" in state and float(state["step"]) == 0
+        ]
 
     @torch.no_grad()
     def _copy_weights(self) -> None:
@@ -169,9 +183,10 @@ class WeightEMA:
         if self._swapped:
             raise RuntimeError("WeightEMA: swapped() must not be nested; got a swapped model")
         own = [param.detach().clone() for param in self._params.values()]
+        averages = self.average.values()  # before the first update it follows the weights
         self._swapped = True
         try:
-            self._write(self.average.values())
+            self._write(averages)
             yield
         finally:
             self._write(own)
@@ -197,7 +212,8 @@ class WeightEMA:
 
         Raises:
             ValueError: names or shapes differ from those of the model; nothing is loaded then.
-            RuntimeError: the optimizer has loaded a state dict without averages and not stepped.
+            RuntimeError: the optimizer has not stepped, or has loaded a state dict without averages
+                and not stepped since: its next step starts them at the weights.
         """
         loaded, decay = state_dict["average"], _check_decay(state_dict["decay"])
         missing, unknown = self.average.keys() - loaded.keys(), loaded.keys() - self.average.keys()
@@ -214,10 +230,13 @@ class WeightEMA:
                 )
         if self._optimizer is None:
             self.decay = decay
-        elif any("weight_ema" not in self._optimizer.state[p] for p in self._params.values()):
+        elif self._waiting() or any(
+            "weight_ema" not in self._optimizer.state[p] for p in self._params.values()
+        ):
             raise RuntimeError(
-                "WeightEMA: load_state_dict needs the averages of the optimizer; got one that has "
-                "loaded a state dict without them: take one step first"
+                "WeightEMA: load_state_dict needs averages that have started, as the next step of "
+                "the optimizer starts them at the weights; got one that has none or has not "
+                "stepped: take one step first, or load its own state dict"
             )
         averages, self.started = self.average, True
         with torch.no_grad():
