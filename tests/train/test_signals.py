@@ -9,6 +9,7 @@ from types import FrameType
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from trm_fast.train import (
     Callback,
@@ -252,4 +253,65 @@ def test_a_signal_while_an_evaluation_gives_back_the_generators_changes_no_bit(
     summary = function_run(tmp_path / "parts").fit()
     assert sent and summary.signal == signal.SIGTERM
     function_run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+class Doomed(Dataset):
+    """Its process sends SIGTERM to the run, once, and ends of it too, or at once."""
+
+    def __init__(self, sent: Path, at_once: bool = False) -> None:
+        self.sent, self.at_once = sent, at_once
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        # The run is sure to wait for the first batch.
+        if index == (0 if self.at_once else 11) and not self.sent.exists():
+            self.sent.touch()
+            os.kill(os.getppid(), signal.SIGTERM)
+            if self.at_once:
+                os._exit(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return torch.full((6,), float(index)), index % 3
+
+
+def test_a_signal_ends_an_evaluation_and_the_workers_of_its_loader(tmp_path):
+    sent = tmp_path / "sent"
+
+    def run(out: Path) -> Trainer:
+        trainer = function_run(out)
+        evaluate = trainer.evaluator
+        loader = DataLoader(Doomed(sent), 4, num_workers=1)
+        trainer.evaluator = lambda model: evaluate(model) | {"sum": sum(len(b) for b in loader)}
+        return trainer
+
+    sent.touch()
+    run(tmp_path / "whole").fit()
+    sent.unlink()
+    summary = run(tmp_path / "parts").fit()
+    assert (summary.step, summary.signal) == (5, signal.SIGTERM)
+    run(tmp_path / "parts").fit(resume=True)
+    assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
+
+
+# Torch looks for workers that have ended after five seconds only.
+@pytest.mark.parametrize("at_once", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_signal_that_ends_a_worker_too_loses_no_step(at_once, tmp_path):
+    sent = tmp_path / "sent"
+
+    def run(out: Path) -> Trainer:
+        loader = DataLoader(Doomed(sent, at_once), 4, num_workers=1, prefetch_factor=1)
+        return function_run(out, batches=loader, steps=7)
+
+    sent.touch()
+    run(tmp_path / "whole").fit()
+    sent.unlink()
+    summary = run(tmp_path / "parts").fit()
+    assert summary.signal == signal.SIGTERM
+    assert Checkpoints(tmp_path / "parts").load().step == summary.step
+    assert summary.step > 0 or at_once
+    told = "left by a signal: DataLoader" in (tmp_path / "parts" / "events.jsonl").read_text()
+    assert told == at_once
+    run(tmp_path / "parts").fit(resume=True)
     assert differences(result(tmp_path / "whole"), result(tmp_path / "parts")) == []
