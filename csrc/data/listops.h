@@ -50,8 +50,8 @@ inline bool generate(const Wanted& wanted, Random random, uint8_t* tokens) {
   return false;
 }
 
-inline int apply(uint8_t operation, int* args, int count) {
-  if (operation == kSum) return std::accumulate(args, args + count, 0) % 10;
+inline int apply(uint8_t operation, int* args, int64_t count) {
+  if (operation == kSum) return static_cast<int>(std::accumulate(args, args + count, int64_t{0}) % 10);
   std::sort(args, args + count);
   if (operation == kMin) return args[0];
   if (operation == kMax) return args[count - 1];
@@ -74,7 +74,7 @@ inline int evaluate(const uint8_t* tokens, int64_t length) {
     } else if (token == kClose) {
       if (opened.empty() || first.back() == values.size()) return -1;
       int* args = values.data() + first.back();
-      args[0] = apply(tokens[opened.back()], args, static_cast<int>(values.size() - first.back()));
+      args[0] = apply(tokens[opened.back()], args, static_cast<int64_t>(values.size() - first.back()));
       values.resize(first.back() + 1);
       opened.pop_back();
       first.pop_back();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "data/parallel.h"
 #include "data/random.h"
 
 namespace trm_data::maze {
@@ -19,14 +20,16 @@ struct Wanted {
 
 class Maze {
  public:
-  Maze(int height, int width) : height_(height), width_(width), free_(height * width, 0) {}
+  // Walks over all cells end, with whatever they have found, as soon as `stop` is set.
+  Maze(int height, int width, const Stop& stop)
+      : height_(height), width_(width), stop_(stop), free_(height * width, 0) {}
 
   // A tree of corridors: a cell is opened if it touches one open cell.
   void carve(Random& random) {
     const int row = 1 + random.below(height_ - 2);
     std::vector<int> stack{row * width_ + 1 + random.below(width_ - 2)};
     free_[stack[0]] = 1;
-    while (!stack.empty()) {
+    while (!stack.empty() && !stop_) {
       int options[4], count = 0;
       for (int direction = 0; direction < 4; ++direction) {
         const int cell = stack.back() + step(direction);
@@ -134,7 +137,7 @@ class Maze {
     distance_[start_] = 0;
     ways_[start_] = 1;
     std::vector<int> queue{start_};
-    for (size_t i = 0; i < queue.size(); ++i) {
+    for (size_t i = 0; i < queue.size() && !stop_; ++i) {
       const int cell = queue[i];
       for (int direction = 0; direction < 4; ++direction) {
         if (!is_open(cell, direction)) continue;
@@ -149,16 +152,17 @@ class Maze {
   }
 
   int height_, width_;
+  const Stop& stop_;
   int start_ = 0, goal_ = 0;
   std::vector<uint8_t> free_;
   std::vector<int> distance_, ways_;
 };
 
 // Makes one attempt; false where it is not what is wanted.
-inline bool generate(const Wanted& wanted, Random random, uint8_t* inputs, uint8_t* labels) {
-  Maze maze(wanted.height, wanted.width);
+inline bool generate(const Wanted& wanted, Random random, const Stop& stop, uint8_t* inputs, uint8_t* labels) {
+  Maze maze(wanted.height, wanted.width, stop);
   maze.carve(random);
-  if (!maze.open_walls(wanted.openings, random) || !maze.draw_ends(wanted.min_path, random)) return false;
+  if (stop || !maze.open_walls(wanted.openings, random) || !maze.draw_ends(wanted.min_path, random)) return false;
   maze.write(inputs);
   maze.write(labels);
   maze.write_path(labels);

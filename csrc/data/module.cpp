@@ -23,6 +23,8 @@ using namespace trm_data;
 // Raised, together with REVISION in trm_fast/data/_native.py, whenever a function or a result changes.
 constexpr int kRevision = 1;
 
+constexpr int kMostThreads = 1024;
+
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Numbers = py::array_t<int64_t, py::array::c_style>;
 
@@ -60,6 +62,7 @@ struct Items {
 // Calls work(i) for i in [0, count) without the lock of Python. An interrupt ends it, and is raised.
 template <class Work>
 void share_out(int64_t count, int threads, Stop& stop, const Work& work) {
+  require(threads >= 1 && threads <= kMostThreads, "threads must be 1 to 1024");
   {
     const py::gil_scoped_release release;
     parallel(count, threads, stop, work, [] {
@@ -135,7 +138,7 @@ std::tuple<Bytes, Bytes, Numbers> generate_mazes(const Items& items, int height,
   Bytes inputs = bytes(items.indices.size(), cells), labels = bytes(items.indices.size(), cells);
   uint8_t *input = inputs.mutable_data(), *label = labels.mutable_data();
   const Numbers accepted = attempt(items, stop, [&](const Random& random, int64_t i) {
-    return maze::generate(wanted, random, input + i * cells, label + i * cells);
+    return maze::generate(wanted, random, stop, input + i * cells, label + i * cells);
   });
   return {inputs, labels, accepted};
 }
@@ -151,7 +154,7 @@ std::tuple<Bytes, Numbers, Numbers> solve_mazes(const Bytes& inputs, int height,
   int64_t *length = lengths.mutable_data(), *way = ways.mutable_data();
   Stop stop{false};
   share_out(count, threads, stop, [&](int64_t i) {
-    maze::Maze maze(height, width);
+    maze::Maze maze(height, width, stop);
     maze.read(input + i * cells);
     std::memcpy(label + i * cells, input + i * cells, cells);
     maze.write_path(label + i * cells);

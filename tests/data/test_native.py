@@ -150,6 +150,9 @@ HOSTILE = {
     "one argument": lambda m: m.generate_listops(m.Items(*ITEMS), 1, 9, 2, 1, 0.5),
     "tokens without rows": lambda m: m.evaluate_listops(np.zeros(3, np.uint8), 1),
     "indices of two dimensions": lambda m: m.Items(1, np.zeros((2, 2), np.int64), 0, 1, 1),
+    "no threads": lambda m: m.generate_mazes(m.Items(*ITEMS[:4], 0), 5, 5, 0, 1),
+    "fewer threads": lambda m: m.solve_mazes(np.full((1, 25), 2, np.uint8), 5, 5, -1),
+    "threads beyond number": lambda m: m.evaluate_listops(np.zeros((1, 3), np.uint8), 1 << 30),
     "attempts that overflow": lambda m: m.Items(1, np.arange(2), 1, 2**63 - 1, 1),
 }
 
