@@ -1,10 +1,14 @@
 """Opens the compiled libraries, and remembers why one of them cannot be used."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from trm_fast._paths import shadowed
 
@@ -16,6 +20,27 @@ LIBRARY = torch.library.Library("trm_fast", "DEF")
 LIBRARY.define("_cpu_revision() -> int")
 LIBRARY.define("_cuda_revision() -> int")
 LIBRARY.define("_cuda_architectures() -> str")
+
+
+def register_fake(name: str, fake: Callable[..., Any] = lambda *_, **__: None) -> None:
+    """Registers what an op of ``LIBRARY`` returns for tensors without values.
+
+    Args:
+        name: of the op.
+        fake: a function of its arguments that returns tensors of the right shapes; by default one
+            of an op that returns nothing.
+    """
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        # One tensor without values among others leads here too, and would leave the rest as it is.
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        devices = sorted({str(tensor.device) for tensor in tensors})
+        if len(devices) > 1:
+            raise ValueError(f"{name}: tensors must be on one device; got {' and '.join(devices)}")
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"trm_fast::{name}", checked, lib=LIBRARY)
+
 
 _FILES = {"cpp": ("_cpu.so", "_cpu_revision"), "cuda": ("_cuda.so", "_cuda_revision")}
 _SWITCH = {"cpp": "TRM_FAST_CPU", "cuda": "TRM_FAST_CUDA"}

@@ -141,6 +141,10 @@ class Settings(FilterSettings):
         cls, rule: str, filter: str, numbers: Sequence[float], *tensors: Tensor | None
     ) -> "Settings":
         """Reverses ``arguments``."""
+        if len(numbers) != len(NUMBERS):
+            raise ValueError(
+                f"adaptive_step_: numbers must be {', '.join(NUMBERS)}; got {len(numbers)} numbers"
+            )
         pairs = zip(NUMBERS, numbers, strict=True)
         values: dict[str, Any] = {name: _KINDS[name](number) for name, number in pairs}
         values |= {name: t for name, t in zip(_TENSORS, tensors, strict=True) if t is not None}

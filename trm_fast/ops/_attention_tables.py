@@ -76,6 +76,14 @@ def _is_computed(table: Tensor) -> bool:
 def _from_dispatcher(
     length: int, dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    if length < 0 or dim < 0 or dim % 2:
+        raise ValueError(
+            f"rotary_tables: length must be >= 0, and dim even; got {length} and {dim}"
+        )
+    if not 0 < theta < float("inf"):
+        raise ValueError(f"rotary_tables: theta must be finite and > 0; got {theta}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"rotary_tables: dtype must be a floating point type; got {dtype}")
     # A copy, since the caller may overwrite the result of an operator.
     return rotary_tables(length, dim, theta, dtype, device).clone()
 
@@ -89,4 +97,4 @@ _native.LIBRARY.define(
     " -> Tensor"
 )
 _native.LIBRARY.impl("rotary_tables", _from_dispatcher, "BackendSelect")
-torch.library.register_fake("trm_fast::rotary_tables", _fake, lib=_native.LIBRARY)
+_native.register_fake("rotary_tables", _fake)

@@ -144,7 +144,7 @@ def _from_dispatcher(*arguments: Any) -> None:
 
 
 _native.LIBRARY.impl("adaptive_step_", _from_dispatcher, "CompositeExplicitAutograd")
-torch.library.register_fake("trm_fast::adaptive_step_", lambda *_: None, lib=_native.LIBRARY)
+_native.register_fake("adaptive_step_")
 
 
 def _reference(step: AdaptiveStep, grads: Sequence[Tensor], settings: Settings) -> None:

@@ -164,7 +164,7 @@ def _fake(grads: list[Tensor], means: list[Tensor], backend: str | None) -> Tens
     return grads[0].new_empty((len(grads), 3), dtype=torch.float64)
 
 
-torch.library.register_fake("trm_fast::filter_sums", _fake, lib=_native.LIBRARY)
+_native.register_fake("filter_sums", _fake)
 
 
 def sums_of(grad: Tensor, mean: Tensor | None) -> Tensor:

@@ -322,6 +322,8 @@ _native.LIBRARY.define("newton_schulz_cpu_ready() -> bool")
 
 
 def _unflattened(flat: Sequence[float]) -> list[Triple]:
+    if len(flat) % 3:
+        raise ValueError(f"newton_schulz: coefficients must be a, b, c of each step; got {flat}")
     return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
 
 
@@ -355,8 +357,8 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 
 _native.LIBRARY.impl("newton_schulz", _from_dispatcher, "CompositeExplicitAutograd")
 _native.LIBRARY.impl("newton_schulz_", _from_dispatcher_, "CompositeExplicitAutograd")
-torch.library.register_fake("trm_fast::newton_schulz", _fake, lib=_native.LIBRARY)
-torch.library.register_fake("trm_fast::newton_schulz_", lambda *_: None, lib=_native.LIBRARY)
+_native.register_fake("newton_schulz", _fake)
+_native.register_fake("newton_schulz_")
 
 
 def _examples(

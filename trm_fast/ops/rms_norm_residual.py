@@ -257,7 +257,7 @@ _native.LIBRARY.define(
     "Tensor? weight, Tensor r, int dim, bool normalised, Tensor(a!) dx, Tensor(b!)? dweight) -> ()"
 )
 for _name in ("rms_norm_residual_", "rms_norm_residual_backward_"):
-    torch.library.register_fake(f"trm_fast::{_name}", lambda *_: None, lib=_native.LIBRARY)
+    _native.register_fake(_name)
 _NATIVE = _Kernels(
     torch.ops.trm_fast.rms_norm_residual_.default,
     torch.ops.trm_fast.rms_norm_residual_backward_.default,

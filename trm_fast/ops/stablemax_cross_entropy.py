@@ -245,12 +245,8 @@ def _fake_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-torch.library.register_fake(
-    "trm_fast::stablemax_cross_entropy_forward", _fake_forward, lib=_native.LIBRARY
-)
-torch.library.register_fake(
-    "trm_fast::stablemax_cross_entropy_backward", _fake_backward, lib=_native.LIBRARY
-)
+_native.register_fake("stablemax_cross_entropy_forward", _fake_forward)
+_native.register_fake("stablemax_cross_entropy_backward", _fake_backward)
 
 
 def _cpp_forward(

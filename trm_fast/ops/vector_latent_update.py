@@ -408,7 +408,7 @@ _native.LIBRARY.define(
 )
 _native.LIBRARY.define("vector_latent_update_cpu_ready(bool bfloat16) -> bool")
 for _name in ("vector_latent_update_forward_", "vector_latent_update_backward_"):
-    torch.library.register_fake(f"trm_fast::{_name}", lambda *_: None, lib=_native.LIBRARY)
+    _native.register_fake(_name)
 
 
 def _examples(
