@@ -17,6 +17,7 @@
 #include "adaptive_step/table.h"
 #include "common/checks.h"
 #include "common/cpu_floats.h"
+#include "common/parallel.h"
 #include "common/per_cpu.h"
 
 using torch::stable::Tensor;
@@ -310,7 +311,7 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
     updates[t] = choose_update(rows[t], plans[t], settings);
     first[t + 1] = first[t] + (rows[t].size + block_size(rows[t]) - 1) / block_size(rows[t]);
   }
-  torch::stable::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
     int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t block = begin; block < end; ++block) {
       while (block >= first[t + 1]) ++t;
@@ -324,15 +325,24 @@ void step_rows(const Row* rows, int64_t tensors, const Settings& settings, doubl
   }
 }
 
+// A place in the ring follows from these numbers, which anyone may have written.
+void check_counters(const Row* rows, int64_t tensors) {
+  const auto is_count = [](float count) { return 0.0f <= count && count < 0x1p32f; };
+  for (int64_t t = 0; t < tensors; ++t) {
+    const float step = count_at(rows[t].step), grok_step = count_at(rows[t].grok_step);
+    STD_TORCH_CHECK(is_count(step) && is_count(grok_step), "adaptive_step: finished steps must be from 0 to 2^32; got ",
+                    step, " and ", grok_step);
+  }
+}
+
 void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule, int64_t filter,
                         std::vector<double> numbers, std::optional<Tensor> lr_at, std::optional<Tensor> weight_decay_at,
                         std::optional<Tensor> lamb_at, std::optional<Tensor> grad_scale,
                         std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
-  STD_TORCH_CHECK(trm_fast::is_table(table, kColumns), "adaptive_step: the table must have ", kColumns,
-                  " columns of int64 side by side");
-  const Addresses at{address(lr_at),      address(weight_decay_at), address(lamb_at),
-                     address(grad_scale), address(found_inf),       address(clip)};
+  const Addresses at{address(lr_at, false),      address(weight_decay_at, false), address(lamb_at, false),
+                     address(grad_scale, false), address(found_inf, false),       address(clip, false)};
   Settings settings = make_settings(rule, filter, numbers, at);
+  const Row* rows = rows_of(table, settings);
   if (at.found_inf != nullptr && *at.found_inf != 0) return;
   if (at.lr != nullptr) settings.number.lr = *at.lr;
   if (at.weight_decay != nullptr) settings.number.weight_decay = *at.weight_decay;
@@ -340,7 +350,8 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
   double factor = settings.number.maximize != 0 ? -1.0 : 1.0;
   if (at.grad_scale != nullptr) factor /= *at.grad_scale;
   if (at.clip != nullptr) factor *= *at.clip;
-  step_rows(static_cast<const Row*>(table.data_ptr()), table.size(0), settings, factor);
+  check_counters(rows, table.size(0));
+  step_rows(rows, table.size(0), settings, factor);
 }
 
 }  // namespace

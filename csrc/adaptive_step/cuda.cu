@@ -363,15 +363,16 @@ void adaptive_step_rows(Tensor table, std::optional<Tensor> ticket, int64_t rule
                         std::vector<double> numbers, std::optional<Tensor> lr_at, std::optional<Tensor> weight_decay_at,
                         std::optional<Tensor> lamb_at, std::optional<Tensor> grad_scale,
                         std::optional<Tensor> found_inf, std::optional<Tensor> clip) {
-  STD_TORCH_CHECK(table.size(1) == kColumns, "adaptive_step: the table must have ", kColumns, " columns");
-  const Addresses at{address(lr_at),      address(weight_decay_at), address(lamb_at),
-                     address(grad_scale), address(found_inf),       address(clip)};
+  const Addresses at{address(lr_at, true),      address(weight_decay_at, true), address(lamb_at, true),
+                     address(grad_scale, true), address(found_inf, true),       address(clip, true)};
   const DeviceSettings s = device_settings(make_settings(rule, filter, numbers, at));
+  const Row* rows = rows_of(table, s.all);
   const int64_t tensors = table.size(0);
   if (tensors == 0) return;
+  STD_TORCH_CHECK(ticket && ticket->is_cuda() && trm_fast::is_flat(*ticket, torch::headeronly::ScalarType::Int, 1),
+                  "adaptive_step: the ticket must be one int32 of a GPU");
   const int32_t device = ticket->get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Row* rows = static_cast<const Row*>(table.data_ptr());
   int64_t elements = 0;
   for (int64_t r = 0; r < tensors; ++r) elements += rows[r].size;
   const int64_t chunk = chunk_size(elements, device);

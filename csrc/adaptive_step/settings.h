@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
+
 namespace adaptive_step {
 
 enum Rule : int64_t { kAdamW, kAdam, kATan2, kSgd, kMomentum, kFilter };
@@ -77,8 +79,11 @@ struct Addresses {
   const float *lr, *weight_decay, *lamb, *grad_scale, *found_inf, *clip;
 };
 
-inline const float* address(const std::optional<torch::stable::Tensor>& scalar) {
-  return scalar ? scalar->const_data_ptr<float>() : nullptr;
+inline const float* address(const std::optional<torch::stable::Tensor>& scalar, bool on_gpu) {
+  if (!scalar) return nullptr;
+  STD_TORCH_CHECK(scalar->is_cuda() == on_gpu && trm_fast::is_flat(*scalar, torch::headeronly::ScalarType::Float, 1),
+                  "adaptive_step: a scalar in memory must be one float32 on the device of the step");
+  return scalar->const_data_ptr<float>();
 }
 
 // All scalars of a call, checked.

@@ -4,6 +4,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <cstdint>
 
@@ -23,14 +26,27 @@ inline void use_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// AddressSanitizer sees one block, so behind each part it gets bytes that nobody may touch.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGap = 64;
+#else
+constexpr int64_t kGap = 0;
+#endif
+
 class Arena {
  public:
-  explicit Arena(void* memory = nullptr) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
+  // `gap` is 0 where parts lie as others expect them.
+  explicit Arena(void* memory = nullptr, int64_t gap = kGap)
+      : memory_(reinterpret_cast<uintptr_t>(memory)), gap_(gap) {}
 
   template <class T>
   T* take(int64_t count) {
     T* place = reinterpret_cast<T*>(memory_ + bytes_);
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    const int64_t used = count * static_cast<int64_t>(sizeof(T)), taken = (used + 63) / 64 * 64 + gap_;
+#ifdef __SANITIZE_ADDRESS__
+    if (memory_ != 0 && gap_ > 0) ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(place) + used, taken - used);
+#endif
+    bytes_ += taken;
     return place;
   }
 
@@ -38,6 +54,7 @@ class Arena {
 
  private:
   uintptr_t memory_;
+  int64_t gap_;
   int64_t bytes_ = 0;
 };
 

@@ -1,9 +1,8 @@
 // Weights, stored as float32 in any order, in the forms that products read.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include "common/panel_product.h"
+#include "common/parallel.h"
 
 namespace panel {
 
@@ -44,7 +43,7 @@ AVX512 void pack_block(const Matrix& m, int64_t i, int64_t j, uint32_t* place) {
 template <class E>
 void pack_panels(const Matrix& m, const Panels& out, int64_t cols_inner = 0, int64_t rows_inner = 0) {
   const int64_t panels = ceil_div(m.cols, kPanel), rows = out.units * E::kUnit;
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin * 2; block < end * 2; ++block) {
       const int64_t j = cols_inner > 0 ? in_turns(block, cols_inner) : block * kLanes;
       for (int64_t i = 0; i < rows; i += 2) {

@@ -12,6 +12,7 @@
 
 #include "common/checks.h"
 #include "common/cpu_floats.h"
+#include "common/parallel.h"
 #include "common/per_cpu.h"
 #include "filter_sums/table.h"
 
@@ -73,14 +74,12 @@ Sums sum_block(const Row& row, int64_t first, int64_t size) {
 }
 
 void filter_sums_rows(Tensor table, std::optional<Tensor> scratch) {
-  STD_TORCH_CHECK(trm_fast::is_table(table, kColumns), "filter_sums: the table must have ", kColumns,
-                  " columns of int64 side by side");
-  const Row* rows = static_cast<const Row*>(table.data_ptr());
+  const Row* rows = rows_of(table);
   const int64_t tensors = table.size(0);
   std::vector<int64_t> first(tensors + 1, 0);  // number of blocks before each tensor
   for (int64_t t = 0; t < tensors; ++t) first[t + 1] = first[t] + (rows[t].size + kBlock - 1) / kBlock;
   std::vector<Sums> partial(first[tensors]);
-  torch::stable::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, first[tensors], kGrain, [&](int64_t begin, int64_t end) {
     int64_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t block = begin; block < end; ++block) {
       while (block >= first[t + 1]) ++t;

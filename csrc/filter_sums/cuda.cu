@@ -140,12 +140,15 @@ void launch_rows(const Row* rows, int64_t count, double* parts, cudaStream_t str
 }
 
 void filter_sums_rows(Tensor table, std::optional<Tensor> scratch) {
-  STD_TORCH_CHECK(table.size(1) == kColumns, "filter_sums: the table must have ", kColumns, " columns");
+  const Row* rows = rows_of(table);
   const int64_t tensors = table.size(0);
   if (tensors == 0) return;
+  int64_t blocks = 0;
+  for (int64_t r = 0; r < tensors; ++r) blocks += blocks_of(rows[r].size, kChunk);
+  STD_TORCH_CHECK(scratch && scratch->is_cuda() && scratch->is_contiguous() && scratch->numel() >= 3 * blocks,
+                  "filter_sums: there must be memory of a GPU for three sums of each of ", blocks, " blocks");
   const int32_t device = scratch->get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Row* rows = static_cast<const Row*>(table.data_ptr());
   double* parts = scratch->mutable_data_ptr<double>();
   // Launches on one stream take turns with the memory of the parts.
   for (int64_t r = 0; r < tensors; r += kManyRows) {

@@ -52,8 +52,8 @@ Tensor memory_of(int64_t bytes) {
   return memory;
 }
 
-Arena arena_in(const Tensor& memory) {
-  return Arena(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64));
+char* begin_of(const Tensor& memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data_ptr()) + 63) / 64 * 64);
 }
 
 // Bytes of the part of an arena that `lay_out` takes.
@@ -69,7 +69,7 @@ class Weights {
  public:
   Weights(const Sizes& s, const Network& network, bool backward)
       : memory_(memory_of(bytes_of([&](Arena& arena) { lay_out(s, network.layers(), backward, arena); }))) {
-    Arena arena = arena_in(memory_);
+    Arena arena(begin_of(memory_));
     lay_out(s, network.layers(), backward, arena);
     const Tensor& rope = network.rope;
     for (size_t i = 0; i < layers_.size(); ++i) {
@@ -115,7 +115,7 @@ struct Saved {
     return scales + (index(cycle, call, layer) * batch + b) * s.length;
   }
   Kept<E> keep(int64_t cycle, int64_t call, int64_t layer, int64_t b) const {
-    Arena arena(kept + (index(cycle, call, layer) * batch + b) * kept_bytes);
+    Arena arena(kept + (index(cycle, call, layer) * batch + b) * kept_bytes, 0);
     return Kept<E>(s, arena);
   }
 
@@ -135,7 +135,9 @@ struct Saved {
 
 template <class E>
 int64_t kept_bytes_of(const Sizes& s) {
-  return bytes_of([&](Arena& arena) { Kept<E>(s, arena); });
+  Arena counting(nullptr, 0);
+  Kept<E>(s, counting);
+  return counting.bytes();
 }
 
 template <class E>
@@ -172,8 +174,7 @@ struct Crew {
         backward(back) {}
 
   Worker<E> worker(int64_t thread) const {
-    Arena all = arena_in(memory);
-    Arena mine(all.take<char>(0) + thread * bytes);
+    Arena mine(begin_of(memory) + thread * bytes);
     return Worker<E>(s, backward, mine);
   }
 };
@@ -245,7 +246,7 @@ void forward_in(const Call& call, const Tensor& y, const Tensor& z) {
   const Crew<E> crew(s, false, saved.batch);
   const Forward<E> pass(saved, packed, call.x, y, z);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, crew.threads, 1, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, crew.threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       Worker<E> worker = crew.worker(thread);
       for (int64_t b = next++; b < saved.batch; b = next++) pass.run(worker, b);
@@ -326,7 +327,7 @@ class Backward {
         chunk_(chunk_of(crew_.threads)),
         slots_(slots_of()),
         memory_(memory_of(bytes_of([&](Arena& arena) { lay_out(arena); }))) {
-    Arena arena = arena_in(memory_);
+    Arena arena(begin_of(memory_));
     lay_out(arena);
   }
 
@@ -368,7 +369,7 @@ class Backward {
   // Calls task(thread, sample) for the samples of a chunk; a thread always has the same ones.
   template <class Task>
   void each_sample(int64_t count, const Task& task) const {
-    torch::stable::parallel_for(0, crew_.threads, 1, [&](int64_t begin, int64_t end) {
+    trm_fast::parallel_for(0, crew_.threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         for (int64_t i = count * thread / crew_.threads; i < count * (thread + 1) / crew_.threads; ++i) task(thread, i);
       }
@@ -385,7 +386,7 @@ class Backward {
     int64_t slot = 0;
     for (int64_t cycle = saved_.counts.grad_cycles - 1; cycle >= 0; --cycle) {
       for (int64_t k = saved_.counts.n; k >= 0; --k) {
-        torch::stable::parallel_for(0, crew_.threads, 1, [&](int64_t begin, int64_t end) {
+        trm_fast::parallel_for(0, crew_.threads, 1, [&](int64_t begin, int64_t end) {
           for (int64_t thread = begin; thread < end; ++thread) {
             Worker<E> worker = crew_.worker(thread);
             const int64_t last = count * (thread + 1) / crew_.threads;
@@ -469,7 +470,7 @@ class Backward {
     const int64_t units = samples * s_.padded / E::kUnit;
     std::atomic<size_t> next{0};
     const int64_t threads = torch::stable::get_num_threads();
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    trm_fast::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       for (size_t i = next++; i < tasks.size(); i = next++) add_to_weight<E>(*tasks[i].first, tasks[i].second, units);
     });
   }
@@ -536,8 +537,10 @@ void backward(const Call&, const CallGradients&) {}
 namespace {
 
 void check(const Call& call, bool fits) {
-  STD_TORCH_CHECK(fits,
-                  "latent_update: needs contiguous float32 or bfloat16 states and float32 weights of sizes that fit");
+  STD_TORCH_CHECK(
+      fits,
+      "latent_update: needs contiguous float32 or bfloat16 states and float32 weights of sizes that fit, and "
+      "memory of its own for what it writes");
   STD_TORCH_CHECK(ready(is_bfloat16(call.x)), "latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
 }
 
@@ -546,7 +549,7 @@ void latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> wei
                            Tensor scales, Tensor kept, int64_t heads, double eps, int64_t n, int64_t T,
                            int64_t grad_cycles) {
   const Call call{x, {weights, rope, heads, eps}, {n, T, grad_cycles}, {states, scales, kept}};
-  check(call, call_fits(call, {y, z}));
+  check(call, call_fits(call, {y, z}) && is_disjoint(call, {y, z, states, scales, kept}, {}));
   if (x.numel() > 0) forward(call, y, z);
 }
 
@@ -555,7 +558,9 @@ void latent_update_backward(Tensor x, std::vector<Tensor> weights, Tensor rope, 
                             double eps, int64_t n, int64_t grad_cycles) {
   const Call call{x, {weights, rope, heads, eps}, {n, grad_cycles, grad_cycles}, {states, scales, kept}};
   const CallGradients d{dx, dy, dz, d_weights};
-  check(call, grad_cycles > 0 && call_fits(call, {dx, dy, dz}) && weights_fit(x, d.weights, call.network));
+  // What is saved is only read, but nothing of it may be part of another tensor either.
+  check(call, grad_cycles > 0 && call_fits(call, {dx, dy, dz}) && weights_fit(x, d.weights, call.network) &&
+                  is_disjoint(call, {states, scales, kept, dx, dy, dz}, d.weights));
   if (x.numel() > 0) backward(call, d);
 }
 

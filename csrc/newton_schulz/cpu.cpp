@@ -10,10 +10,13 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/dtypes.h"
+#include "common/parallel.h"
 
 using torch::stable::Tensor;
 
@@ -25,6 +28,14 @@ using namespace newton_schulz;
 
 struct Row {
   int64_t address, rows, cols, stride, dtype;
+
+  bool is_empty() const { return rows == 0 || cols == 0; }
+
+  // Rows of the matrix lie apart.
+  bool fits() const {
+    const bool apart = rows <= 1 || (stride >= cols && product({rows, stride, 4}) >= 0);
+    return apart && product({rows, cols, 4}) >= 0 && is_array(address, dtype, kFloat16, !is_empty());
+  }
 };
 constexpr int64_t kColumns = sizeof(Row) / sizeof(int64_t);
 
@@ -53,7 +64,7 @@ struct Team {
       return;
     }
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    trm_fast::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) {
         for (int64_t i = next++; i < count; i = next++) task(i, sums + thread * sums_size);
       }
@@ -279,7 +290,10 @@ void newton_schulz_rows(Tensor table, std::vector<double> coefficients, std::vec
   settings.cuts.push_back(coefficients.size() / 3);
 
   const Row* given = static_cast<const Row*>(table.data_ptr());
-  std::vector<Row> rows(given, given + table.size(0));
+  STD_TORCH_CHECK(std::all_of(given, given + table.size(0), [](const Row& row) { return row.fits(); }),
+                  "newton_schulz: a row of the table must hold an address, sizes, a stride and a dtype");
+  std::vector<Row> rows;
+  std::copy_if(given, given + table.size(0), std::back_inserter(rows), [](const Row& row) { return !row.is_empty(); });
   std::stable_sort(rows.begin(), rows.end(),
                    [&](const Row& a, const Row& b) { return cost(a, settings) > cost(b, settings); });
   std::vector<double> costs;
@@ -306,7 +320,7 @@ void newton_schulz_rows(Tensor table, std::vector<double> coefficients, std::vec
     Iteration(rows[i], begin, team).run(settings);
   }
   std::atomic<size_t> next{shared};
-  torch::stable::parallel_for(0, single, 1, [&](int64_t first, int64_t last) {
+  trm_fast::parallel_for(0, single, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
       uint32_t* mine = begin + thread * (words + sums);
       const Team team{1, reinterpret_cast<float*>(mine + words), sums};

@@ -12,13 +12,14 @@
 
 #include <cstdint>
 
+#include "common/dtypes.h"
 #include "common/transpose.h"
 
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")))
 
 namespace newton_schulz {
 
-using trm_fast::transpose;
+using namespace trm_fast;
 
 constexpr int64_t kSide = 16;  // of a block: the lanes of a register
 constexpr int64_t kBlockWords = kSide * kSide / 2;
@@ -31,8 +32,6 @@ struct Panels {
   uint32_t* at(int64_t panel, int64_t block) const { return words + (panel * blocks + block) * kBlockWords; }
   int64_t panel_words() const { return blocks * kBlockWords; }
 };
-
-enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 AVX512_BF16 inline __m512i two_rows(__m512 lower, __m512 upper) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(upper, lower));

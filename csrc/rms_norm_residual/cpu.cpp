@@ -15,6 +15,7 @@
 
 #include "common/checks.h"
 #include "common/cpu_floats.h"
+#include "common/parallel.h"
 #include "common/per_cpu.h"
 
 using torch::stable::Tensor;
@@ -146,7 +147,7 @@ template <class Work>
 void for_each_task(const Shape& shape, const Work& work) {
   const int64_t elements = shape.width() * std::max<int64_t>(1, shape.size);
   const int64_t grain = std::max<int64_t>(1, kGrain / elements);
-  torch::stable::parallel_for(0, shape.tasks(), grain, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, shape.tasks(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) work(task);
   });
 }
@@ -326,12 +327,11 @@ void check(const Shape& shape, std::initializer_list<Tensor> full, const Tensor&
            std::initializer_list<std::optional<Tensor>> vectors) {
   using torch::headeronly::ScalarType;
   const bool empty = shape.samples * shape.kept == 0;
-  bool fits = rstd.scalar_type() == ScalarType::Float && rstd.is_contiguous() &&
-              (empty || rstd.numel() == shape.samples * shape.kept);
+  bool fits = trm_fast::is_flat(rstd, ScalarType::Float, empty ? rstd.numel() : shape.samples * shape.kept);
+  const ScalarType type = full.begin()->scalar_type();
+  fits = fits && (type == ScalarType::Float || type == ScalarType::BFloat16);
   for (const Tensor& tensor : full) {
-    const bool read = tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::BFloat16;
-    fits = fits && read && tensor.scalar_type() == full.begin()->scalar_type() && tensor.is_contiguous() &&
-           tensor.numel() == shape.samples * shape.size * shape.kept;
+    fits = fits && trm_fast::is_flat(tensor, type, shape.samples * shape.size * shape.kept);
   }
   for (const auto& vector : vectors) {
     fits = fits && (!vector || trm_fast::is_plain(*vector, ScalarType::Float, {shape.size}));
@@ -339,11 +339,20 @@ void check(const Shape& shape, std::initializer_list<Tensor> full, const Tensor&
   STD_TORCH_CHECK(fits, "rms_norm_residual: needs contiguous float32 or bfloat16 tensors of fitting sizes");
 }
 
+void check_memory(std::initializer_list<std::optional<Tensor>> read,
+                  std::initializer_list<std::optional<Tensor>> written) {
+  trm_fast::Memory memory;
+  for (const auto& tensor : read) memory.reads(tensor);
+  for (const auto& tensor : written) memory.writes(tensor);
+  STD_TORCH_CHECK(memory.is_disjoint(), "rms_norm_residual: needs memory of its own for what it writes");
+}
+
 void rms_norm_residual(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> weight, int64_t dim, double eps,
                        Tensor out, std::optional<Tensor> sum, Tensor rstd) {
   check_dim(x, dim);
   const Shape shape(x, dim);
   check(shape, {x, residual.value_or(x), out, sum.value_or(x)}, rstd, {weight});
+  check_memory({x, residual, weight}, {out, sum, rstd});
   const Forward work{shape,          {Array(x), Array(residual)},          Array(out), Array(sum),
                      floats(weight), static_cast<float*>(rstd.data_ptr()), eps};
   for_each_task(shape, [&](int64_t index) {
@@ -368,6 +377,7 @@ void rms_norm_residual_backward(Tensor dout, std::optional<Tensor> dsum, Tensor 
   check_dim(x, dim);
   const Shape shape(x, dim);
   check(shape, {dout, dsum.value_or(x), x, residual.value_or(x), dx}, rstd, {weight, dweight});
+  check_memory({dout, dsum, x, residual, weight, rstd}, {dx, dweight});
   const int64_t tasks = shape.tasks();
   std::vector<float> parts(dweight ? tasks * shape.size : 0, 0.0f);
   const Backward work{shape,        {Array(x), Array(residual)},

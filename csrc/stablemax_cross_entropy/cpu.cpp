@@ -16,6 +16,7 @@
 
 #include "common/checks.h"
 #include "common/cpu_floats.h"
+#include "common/parallel.h"
 #include "common/per_cpu.h"
 
 using torch::headeronly::ScalarType;
@@ -233,7 +234,7 @@ template <class Task>
 void for_each_block(int64_t batch, const Logits& logits, const Task& task) {
   const int64_t blocks = (logits.length + kTokens - 1) / kTokens;
   const int64_t work = kTokens * logits.vocabulary;
-  torch::stable::parallel_for(0, batch * blocks, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, batch * blocks, std::max<int64_t>(1, kGrain / work), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % blocks * kTokens;
       task(i / blocks, first, std::min(kTokens, logits.length - first));

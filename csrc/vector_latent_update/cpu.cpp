@@ -7,9 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <vector>
 
 #include "common/checks.h"
+#include "common/parallel.h"
 
 using torch::stable::Tensor;
 
@@ -128,7 +130,7 @@ template <class Task>
 void share(int64_t count, const Task& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  trm_fast::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t i = next++; i < count; i = next++) task(thread, i);
     }
@@ -350,22 +352,34 @@ bool weights_fit(const std::vector<Tensor>& weights, int64_t hidden) {
 // What is saved fills memory without gaps, for an even number of rows.
 bool saved_fits(const Arguments& a) {
   const int64_t rounds = static_cast<int64_t>(a.scales.size());
-  if (a.steps < 1 || rounds < 1 || a.grad_rounds < 0 || a.grad_rounds > rounds) return false;
+  if (a.steps < 1 || a.steps >= std::numeric_limits<int32_t>::max()) return false;
+  if (rounds < 1 || a.grad_rounds < 0 || a.grad_rounds > rounds) return false;
   if (a.grad_rounds == 0) return true;
   const int64_t rows = a.x.size(0) + a.x.size(0) % 2, hidden = a.x.size(1);
-  const int64_t updates = a.grad_rounds * (a.steps + 1), kept = a.kept.numel() > 0 ? updates : 0;
-  const auto is = [&](const Tensor& t, ScalarType type, int64_t size) {
-    return t.scalar_type() == type && t.is_contiguous() && t.numel() == size;
-  };
-  return is(a.states, a.x.scalar_type(), (updates + 1) * rows * hidden) &&
-         is(a.kept, a.x.scalar_type(), 3 * kept * rows * hidden) && is(a.norms, ScalarType::Float, kept * rows);
+  const int64_t updates = trm_fast::product({a.grad_rounds, a.steps + 1}), kept = a.kept.numel() > 0 ? updates : 0;
+  const ScalarType type = a.x.scalar_type();
+  return updates > 0 && trm_fast::is_flat(a.states, type, trm_fast::product({updates + 1, rows, hidden})) &&
+         trm_fast::is_flat(a.kept, type, trm_fast::product({3, kept, rows, hidden})) &&
+         trm_fast::is_flat(a.norms, ScalarType::Float, trm_fast::product({kept, rows}));
+}
+
+bool is_disjoint(const Arguments& a, std::initializer_list<Tensor> states, const std::vector<Tensor>& gradients) {
+  trm_fast::Memory memory;
+  memory.reads(a.x);
+  memory.reads(a.weights);
+  // The backward pass only reads what is saved, but nothing of it may be part of another tensor either.
+  for (const Tensor& tensor : {a.states, a.kept, a.norms}) memory.writes(tensor);
+  for (const Tensor& tensor : states) memory.writes(tensor);
+  memory.writes(gradients);
+  return memory.is_disjoint();
 }
 
 void check(const Arguments& a, std::initializer_list<Tensor> states, const std::vector<Tensor>& gradients) {
-  STD_TORCH_CHECK(states_fit(a.x, states) && weights_fit(a.weights, a.x.size(1)) &&
-                      weights_fit(gradients, a.x.size(1)) && saved_fits(a),
+  const bool fits = states_fit(a.x, states) && weights_fit(a.weights, a.x.size(1)) && saved_fits(a) &&
+                    (gradients.empty() || weights_fit(gradients, a.x.size(1))) && is_disjoint(a, states, gradients);
+  STD_TORCH_CHECK(fits,
                   "vector_latent_update: needs contiguous float32 or bfloat16 states, float32 weights and counts "
-                  "that fit");
+                  "that fit, and memory of its own for what it writes");
   STD_TORCH_CHECK(ready(is_bfloat16(a.x)),
                   "vector_latent_update: needs a CPU with AVX-512, and AVX512-BF16 for bfloat16");
   STD_TORCH_CHECK(a.x.size(1) % 32 == 0, "vector_latent_update: needs a hidden size in multiples of 32");
@@ -375,7 +389,7 @@ void check(const Arguments& a, std::initializer_list<Tensor> states, const std::
 void vector_latent_update_forward(Tensor x, Tensor y, Tensor z, std::vector<Tensor> weights, std::vector<double> scales,
                                   int64_t steps, int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms) {
   const Arguments arguments{x, weights, scales, steps, grad_rounds, states, kept, norms};
-  check(arguments, {y, z}, weights);
+  check(arguments, {y, z}, {});
   forward(arguments, y, z);
 }
 
@@ -383,8 +397,9 @@ void vector_latent_update_backward(Tensor x, std::vector<Tensor> weights, std::v
                                    int64_t grad_rounds, Tensor states, Tensor kept, Tensor norms, Tensor dx, Tensor dy,
                                    Tensor dz, std::vector<Tensor> gradients) {
   const Arguments arguments{x, weights, scales, steps, grad_rounds, states, kept, norms};
+  STD_TORCH_CHECK(grad_rounds > 0 && !gradients.empty(),
+                  "vector_latent_update: a backward pass needs rounds with gradients, and room for those of weights");
   check(arguments, {dx, dy, dz}, gradients);
-  STD_TORCH_CHECK(grad_rounds > 0, "vector_latent_update: a backward pass needs rounds with gradients");
   backward(arguments, {dx, dy, dz, gradients});
 }
 

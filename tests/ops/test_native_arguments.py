@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from trm_fast import ops
+from trm_fast.ops._adaptive_settings import Settings, Vocabulary
+from trm_fast.ops._adaptive_tensors import COLUMNS
 from trm_fast.ops.vector_latent_update import shapes_of
 
 from ..conftest import skip_unless_usable
@@ -49,9 +51,61 @@ def vectors(backward: bool = False, **changes: object) -> None:
     NATIVE.vector_latent_update_backward_(x, weights, *counts, *saved, *out)
 
 
-def norm(x: Tensor, dim: int = -1, weight: Tensor | None = None) -> None:
+def latent(backward: bool = False, **changes: object) -> None:
+    """A call of a token mixer of one layer for 2 sequences of 3 tokens of 32 features, with
+    gradients of one cycle, of which something is replaced."""
+    weights = [torch.ones(shape) for shape in ((8, 3), (3, 4), (64, 32), (32, 32))]
+    given = {
+        "x": torch.ones(2, 3, 32), "y": torch.ones(2, 3, 32), "z": torch.ones(2, 3, 32),
+        "weights": weights, "rope": torch.ones(0), "states": torch.ones(4, 2, 3, 32),
+        "scales": torch.ones(2, 2, 3), "kept": torch.ones(2, 2, 0, dtype=torch.uint8),
+        "heads": 0, "n": 1, "T": 1, "grad_cycles": 1,
+        "gradients": list(map(torch.empty_like, weights)),
+    } | changes  # fmt: skip
+    x, y, z, weights, rope, states, scales, kept, heads, n, T, cycles, gradients = given.values()
+    saved = (rope, states, scales, kept)
+    if not backward:
+        NATIVE.latent_update_forward_(x, y, z, weights, *saved, heads, 1e-5, n, T, cycles)
+        return
+    out = (torch.empty_like(x), y, z, gradients)
+    NATIVE.latent_update_backward_(x, weights, *saved, *out, heads, 1e-5, n, cycles)
+
+
+def norm(x: Tensor, dim: int = -1, weight: Tensor | None = None, out: Tensor | None = None) -> None:
     rstd = torch.ones(x.shape[:-1])
-    NATIVE.rms_norm_residual_(x, None, weight, dim, 1e-5, torch.empty_like(x), None, rstd)
+    out = torch.empty_like(x) if out is None else out
+    NATIVE.rms_norm_residual_(x, None, weight, dim, 1e-5, out, None, rstd)
+
+
+def sums_row(column: int, value: int) -> None:
+    """Sums of one gradient, of whose row something is replaced."""
+    grad, sums = torch.ones(9), torch.ones(3, dtype=torch.float64)
+    row = [grad.data_ptr(), 0, sums.data_ptr(), 9, 0, 0]
+    row[column] = value
+    NATIVE.filter_sums_rows_(torch.tensor([row]), None)
+
+
+def step_row(lr: Tensor | None = None, **changes: int) -> None:
+    """A step of AdamW with a moving average, of whose row something is replaced."""
+    known = Vocabulary.parse(NATIVE._adaptive_step_cpp_knows())
+    settings = Settings(1e-3, filter="ma", lamb=2.0)
+    tensors = [torch.ones(9) for _ in range(6)]
+    ring, counters = torch.ones(4, 9), torch.zeros(2)
+    places = [*tensors, ring, torch.zeros(0), *counters]
+    row = dict.fromkeys(COLUMNS, 0) | {"size": 9, "window": 4}
+    row |= {name: place.data_ptr() for name, place in zip(COLUMNS, places, strict=False)}
+    for name, value in changes.items():
+        if name in ("count", "grok_count"):
+            counters[int(name == "grok_count")] = value
+        else:
+            row[name] = value
+    NATIVE.adaptive_step_rows_(
+        torch.tensor([list(row.values())]), None, known.rules["adamw"], known.filters["ma"],
+        list(known.read(settings)), lr, *[None] * 5,
+    )  # fmt: skip
+
+
+SAME = torch.ones(2, 3, 32)
 
 
 FIT = "needs what its forward pass has given"
@@ -97,6 +151,72 @@ HOSTILE = {
     "norms without the rest": (lambda: vectors(norms=torch.ones(9)), "that fit"),
     "backward of nothing": (lambda: vectors(backward=True, grad_rounds=0), "rounds with gradients"),
     "backward without room": (lambda: vectors(backward=True, states=torch.ones(4)), "that fit"),
+    "latent scales of another size": (lambda: latent(scales=torch.ones(11)), "that fit"),
+    "latent states of another size": (lambda: latent(states=torch.ones(3, 2, 3, 32)), "that fit"),
+    "kept of another size": (
+        lambda: latent(kept=torch.ones(2, 2, 64, dtype=torch.uint8)),
+        "kept must have \\d+ bytes per layer and sample; got 64",
+    ),
+    "kept of fewer layers": (
+        lambda: latent(kept=torch.ones(1, 2, 0, dtype=torch.uint8)),
+        "that fit",
+    ),
+    "heads whose width overflows": (lambda: latent(heads=1 << 60), "that fit"),
+    "updates that overflow": (lambda: latent(n=(1 << 63) - 1), "that fit"),
+    "cycles that overflow": (
+        lambda: latent(
+            n=(1 << 32) - 1,
+            T=1 << 32,
+            grad_cycles=1 << 32,
+            states=torch.ones(0),
+            scales=torch.ones(0),
+            kept=torch.ones(0, 2, 0, dtype=torch.uint8),
+        ),
+        "that fit",
+    ),
+    "latent results in one place": (lambda: latent(y=SAME, z=SAME), "memory of its own"),
+    "latent result over its input": (lambda: latent(x=SAME, y=SAME), "memory of its own"),
+    "latent gradients in one place": (
+        lambda: latent(
+            True, gradients=[torch.ones(8, 3), torch.ones(3, 4), *[torch.ones(64, 32)] * 2]
+        ),
+        "that fit",
+    ),
+    "steps that overflow": (lambda: vectors(steps=(1 << 63) - 1), "that fit"),
+    "results in one place": (
+        lambda: vectors(**dict.fromkeys("yz", torch.ones(3, 32))),
+        "memory of its own",
+    ),
+    "backward without gradients": (
+        lambda: NATIVE.vector_latent_update_backward_(
+            torch.ones(3, 32),
+            [torch.ones(shape) for shape in shapes_of(32)],
+            [1.0],
+            1,
+            1,
+            torch.ones(3, 4, 32),
+            torch.ones(0),
+            torch.ones(0),
+            *[torch.ones(3, 32)] * 3,
+            [],
+        ),
+        "room for those of weights",
+    ),
+    "norm in place": (lambda: norm(SAME, out=SAME), "memory of its own"),
+    "a sum of an unknown dtype": (lambda: sums_row(4, 3), "row 0"),
+    "a sum of less than nothing": (lambda: sums_row(3, -1), "row 0"),
+    "a sum of nowhere": (lambda: sums_row(0, 0), "row 0"),
+    "a sum to nowhere": (lambda: sums_row(2, 0), "row 0"),
+    "a step of an unknown dtype": (lambda: step_row(exp_avg_dtype=2), "row 0"),
+    "a step without moments": (lambda: step_row(exp_avg=0), "row 0"),
+    "a step without a ring": (lambda: step_row(grok_ring=0), "row 0"),
+    "a step without a window": (lambda: step_row(window=0), "row 0"),
+    "a step without a counter": (lambda: step_row(step=0), "row 0"),
+    "a step before the first": (lambda: step_row(count=-1), "finished steps must be"),
+    "a slot before the ring": (lambda: step_row(grok_count=-5), "finished steps must be"),
+    "a slot that is no number": (lambda: step_row(grok_count=float("nan")), "finished steps"),
+    "a rate of nothing": (lambda: step_row(lr=torch.ones(0)), "one float32"),
+    "a rate in float64": (lambda: step_row(lr=torch.ones(()).double()), "one float32"),
     "norm over no dimension": (lambda: norm(torch.ones(3), -2), "dim must be -1 or -2"),
     "norm over another": (lambda: norm(torch.ones(3, 4), 1), "dim must be -1 or -2"),
     "weight with gaps": (
@@ -113,7 +233,7 @@ HOSTILE = {
     ),
     "table of one dimension": (
         lambda: NATIVE.adaptive_step_rows_(
-            torch.ones(19, dtype=torch.int64), None, 0, 0, [0.0], *[None] * 6
+            torch.ones(19, dtype=torch.int64), None, 0, 0, [0.0] * 14, *[None] * 6
         ),
         "columns of int64",
     ),
@@ -136,6 +256,50 @@ def test_restarts_of_newton_schulz_lie_between_steps(restarts):
         NATIVE.newton_schulz_rows_(table, [1.0] * 15, restarts, 1e-7)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [(0, 3, 3, 3, 0), (4, -1, 3, 3, 0), (4, 3, 3, 2, 0), (4, 3, 3, 3, 3), (4, 3, 1 << 62, 3, 0)],
+)
+def test_a_matrix_of_newton_schulz_has_an_address_and_sizes(row):
+    if reason := ops.OPS["newton_schulz"].reason("cpp", "cpu", frozenset({torch.bfloat16})):
+        pytest.skip(reason)
+    with pytest.raises(RuntimeError, match="a row of the table"):
+        NATIVE.newton_schulz_rows_(torch.tensor([row]), [1.0] * 15, [], 1e-7)
+
+
+MIXED = {
+    "norm": lambda x: norm(x, out=x.to("meta")),
+    "loss": lambda x: NATIVE.stablemax_cross_entropy_forward(
+        x, torch.zeros(2, 3, dtype=torch.int64, device="meta"), 0, True
+    ),
+    "vectors": lambda x: vectors(y=torch.ones(3, 32, device="meta")),
+    "latent": lambda x: latent(z=x.to("meta")),
+    "sums": lambda x: NATIVE.filter_sums([x], [x.to("meta")], None),
+    "matrices": lambda x: NATIVE.newton_schulz_(
+        [x[0], x[0].to("meta")], [1.0] * 3, "auto", None, 1e-7
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_tensor_without_values_among_others_is_refused(name):
+    with pytest.raises(ValueError, match="must be on one device; got cpu and meta"):
+        MIXED[name](torch.ones(2, 3, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: NATIVE.newton_schulz(SAME, [1.0] * 4, "auto", None, 1e-7), "a, b, c of each step"),
+        (lambda: NATIVE.rotary_tables(3, 7, 1e4, torch.float32, torch.device("cpu")), "dim even"),
+        (lambda: NATIVE.rotary_tables(3, 4, 0.0, torch.float32, torch.device("cpu")), "theta must"),
+    ],
+)
+def test_operators_in_python_refuse_numbers_that_do_not_fit(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5)])
 def test_the_loss_of_nothing_takes_any_strides(shape):
     logits = torch.ones(*shape[:1], *shape[:0:-1]).mT.requires_grad_()
@@ -149,4 +313,8 @@ def test_calls_that_fit_run():
     loss()
     vectors()
     vectors(backward=True)
+    latent()
+    latent(backward=True)
+    sums_row(3, 9)
+    step_row()
     norm(torch.ones(3, 4), weight=torch.ones(4))
