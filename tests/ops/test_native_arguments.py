@@ -9,6 +9,7 @@ from trm_fast import ops
 from trm_fast.ops._adaptive_settings import Settings, Vocabulary
 from trm_fast.ops._adaptive_tensors import COLUMNS
 from trm_fast.ops.vector_latent_update import shapes_of
+from trm_fast.optim import GrokFastAdamW
 
 from ..conftest import skip_unless_usable
 
@@ -245,6 +246,27 @@ def test_what_does_not_fit_is_refused(case):
     call, words = HOSTILE[case]
     with pytest.raises(RuntimeError, match=words):
         call()
+
+
+@pytest.mark.parametrize("grads", [[], [torch.ones(3)], [torch.ones(10_000)] * 2])
+def test_gradients_of_later_steps_have_the_sizes_that_were_checked(grads):
+    first, states = [torch.ones(10_000)], ops.States(steps=[torch.zeros(())])
+    step = ops.AdaptiveStep([torch.ones(10_000)], first, states, backend="cpp")
+    with pytest.raises(ValueError, match=r"grads(\[0\])? must be"):
+        step(grads, Settings(1e-3, rule="sgd"))
+    with pytest.raises(ValueError, match="grads must be of the sizes"):
+        ops.FilterSums(first, backend="cpp")(grads)
+
+
+def test_a_gradient_whose_data_were_replaced_is_refused():
+    param = torch.nn.Parameter(torch.ones(10_000))
+    optimizer = GrokFastAdamW([param])
+    param.grad = torch.ones(10_000)
+    optimizer.step()
+    param.grad.data, before = torch.ones(3), param.detach().clone()
+    with pytest.raises(ValueError, match=r"grads\[0\] must be \(10000,\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
 
 
 @pytest.mark.parametrize("restarts", [[0], [5], [-1], [3, 2]])

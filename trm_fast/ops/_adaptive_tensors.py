@@ -88,6 +88,7 @@ class AdaptiveStep:
         )
         self._kept = [tensor.untyped_storage() for tensor in chain(*states)]
         self._dtypes = list(map(_dtype, grads))
+        self._sizes = list(map(Tensor.numel, grads))
         self._negated = any(map(Tensor.is_neg, grads))
         self._contiguous = all(map(Tensor.is_contiguous, params))
         self._places = self._where(params)
@@ -127,6 +128,8 @@ class AdaptiveStep:
         choice = self._choices.get(mode) or self._admit(mode, settings)
         if settings.reduces and self.states["grok_exp_avg"] and self.sums is None:
             _require(False, "sums", "measured before the step", None)
+        if list(map(Tensor.numel, grads)) != self._sizes:  # as after `param.grad.data = other`
+            _check_tensors(self.params, grads, self.states, self.counters, self.rings)
         self._grads_contiguous = all(map(Tensor.is_contiguous, grads))
         if not self._grads_contiguous:
             for index, grad in enumerate(grads):

@@ -70,6 +70,7 @@ class FilterSums:
         check_not_wrapped("filter_sums", (*grads, *means))
         _check(grads, means)
         self.means = means
+        self._sizes = list(map(Tensor.numel, grads))
         self.device = grads[0].device if grads else torch.device("cpu")
         dtypes = frozenset(tensor.dtype for tensor in (*grads, *means))
         self.choice = _op.choose(self.device.type, dtypes, backend)
@@ -81,6 +82,11 @@ class FilterSums:
 
     def __call__(self, grads: Sequence[Tensor]) -> Tensor:
         """Returns the sums, in memory that the next call writes again."""
+        sizes = list(map(Tensor.numel, grads))
+        if sizes != self._sizes:
+            raise ValueError(
+                f"filter_sums: grads must be of the sizes {self._sizes}, as checked; got {sizes}"
+            )
         if grads:
             self.choice.run(self, grads)
         return self.sums
