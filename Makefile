@@ -33,7 +33,7 @@ CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 # The compile step finds ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test quick test-long test-oldest on-oldest bench lint build lock audit clean
+.PHONY: help demo test quick test-long sanitize test-oldest on-oldest bench lint build lock audit clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1 \2/p' Makefile | while read name text; do \
 		printf '%-10s %s\n' "$$name" "$$text"; done
@@ -53,6 +53,9 @@ quick: build ## run for less than a minute: no compiler, processes or Triton, on
 
 test-long: build ## run the rest: a wheel from scratch, every GPU, the other half of large grids, kills
 	$(PYTEST) -m long
+
+sanitize: build ## run native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	$(BIN)/python -m tests.sanitize
 
 # The oldest torch of pyproject.toml, with the Triton that belongs to it, whose interpreter takes no
 # later NumPy. One build of the libraries serves every torch.

@@ -88,8 +88,8 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Gives each test the same process: its order among the others must not matter."""
     from trm_fast import _dispatch, _slow_paths
 
-    # These tensors are too small for more threads.
-    torch.set_num_threads(1)
+    # These tensors are too small for more threads, which show races though.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.default_generator.manual_seed(request.config.getoption("randomly_seed", 0))
     limit, before = sys.getrecursionlimit(), _state()
     # What ran instead of what in other tests is none of this one's.
