@@ -1,17 +1,20 @@
 """Mutates valid files of every reader, and counts what does not end in a declared error.
 
-    python -m tests.fuzz [--reader NAME] [--count 1000 | --seconds 60] [--seed 0]
+    python -m tests.fuzz [--reader NAME ...] [--count 1000 | --seconds 60] [--seed 0] [--jobs 1]
 
 A reader may return, or raise a ValueError, TypeError or OSError of one line; on the command line it
 may exit with 0, 1 or 2. Counted are other exceptions and longer messages, inputs that take more
-than 20 seconds of processor time, and, with --memory, those that take more than the documented 100
-times the size of all files. The program exits with 1 if there is any. Mutations are drawn from the
-seed and the number of the input: ``--start N --count 1`` repeats one.
+than 20 seconds of processor time or wait for something, those that take more memory than the
+multiple of their size that the reader states, and those that end the process. The program exits
+with 1 if there is any. Mutations are drawn from the seed and the number of the input: ``--start N
+--count 1`` repeats one.
 """
 
 import argparse
+import os
 import random
-import shutil
+import resource
+import signal
 import sys
 import tempfile
 import time
@@ -19,19 +22,24 @@ import traceback
 import tracemalloc
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count, takewhile
 from pathlib import Path
+from types import FrameType
 
+from .support.fuzz_jobs import run_jobs
 from .support.mutations import mutated
 from .support.readers import READERS, Reader
+from .support.restorable import MEMORY, Restorable
 
-MULTIPLE, FIXED = 100, 64 << 20  # bytes of memory by size, and those of every reader
-SECONDS = 20.0
+FIXED = 64 << 20  # bytes of memory that every reader may take
+SECONDS = 20.0  # of processor time for one input
+WAITING = 300.0  # seconds after which an input hangs, whatever takes the processor meanwhile
 
 
 def fuzz(
-    name: str, numbers: Iterator[int], seed: int, home: Path, measured: bool = False
+    name: str, numbers: Iterable[int], seed: int, home: Path, traced: bool = False
 ) -> Counter[str]:
     """Reads mutated files.
 
@@ -40,109 +48,174 @@ def fuzz(
         numbers: of the inputs.
         seed: of the mutations.
         home: an empty directory.
-        measured: whether memory is watched, which takes several times as long.
+        traced: whether each allocation is counted, which takes several times as long; otherwise
+            memory is that which the system gave to the process.
 
     Returns:
         How often each outcome occurred; what is no declared one begins with "!".
     """
     reader = READERS[name]
-    valid = home / "valid"
-    valid.mkdir()
-    reader.make(valid)
-    files = sorted(path.relative_to(valid) for path in valid.rglob("*") if path.is_file())
-    shutil.copytree(valid, home / "copy")
-    assert outcome(reader, home / "copy") == "read", f"{name}: the files must be valid"
-    found: Counter[str] = Counter()
-    for number in numbers:
-        chance = random.Random(f"{seed} {name} {number}")
-        folder = home / "mutated"
-        shutil.copytree(valid, folder, symlinks=True)
-        for _ in range(chance.choice((1, 1, 1, 2, 4))):
-            path = folder / chance.choice(files)
-            path.write_bytes(mutated(path.read_bytes(), chance, path.suffix))
-        if reader.seal is not None and chance.random() < 0.9:
-            reader.seal(folder)
-        said = (weighed if measured else timed)(reader, folder)
-        if said.startswith("!"):
-            said = f"{said} (--start {number})"
-        found[said] += 1
-        shutil.rmtree(folder)
+    reader.make(home)
+    files = Restorable(home)
+    with warnings.catch_warnings(), _interrupting():
+        warnings.simplefilter("ignore")
+        assert outcome(reader, home) == "read", f"{name}: the files must be valid"
+        found: Counter[str] = Counter()
+        for number in numbers:
+            files.restore()
+            size = mutate(reader, files, random.Random(f"{seed} {name} {number}"))
+            said = (_traced if traced else _watched)(reader, home, size)
+            found[f"{said} (--start {number})" if said.startswith("!") else said] += 1
     return found
+
+
+def mutate(reader: Reader, files: Restorable, chance: random.Random) -> int:
+    """Mutates some of the files in place; returns the bytes of all of them."""
+    names = sorted(files.contents)
+    changed = dict(files.contents)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        name = chance.choice(names)
+        changed[name] = mutated(changed[name], chance, os.path.splitext(name)[1])
+    for name, data in changed.items():
+        if data is not files.contents[name]:
+            (files.folder / name).write_bytes(data)
+    if reader.seal is not None and chance.random() < 0.9:
+        reader.seal(files.folder)
+    return sum(map(len, changed.values()))
 
 
 def outcome(reader: Reader, folder: Path) -> str:
     """Returns "read", "refused", or "!" and what happened instead."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reader.read(folder)
+        reader.read(folder)
     except (ValueError, TypeError, OSError) as error:
         text = str(error)
         if "\n" in text.strip() or len(text) > 2000:
             return f"!long message {text[:80]!r}"
         return "refused"
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        return f"!{type(error).__name__} in {Path(place.filename).name}:{place.lineno}"
+        return f"!{type(error).__name__} in {_place(error)}"
     return "read"
 
 
-def timed(reader: Reader, folder: Path) -> str:
+def _place(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(place.filename).name}:{place.lineno}"
+
+
+class Hang(BaseException):
+    """Ends a reader that does not end; no ``except Exception`` catches it."""
+
+
+@contextmanager
+def _interrupting() -> Iterator[None]:
+    """Makes timers raise ``Hang``."""
+
+    def interrupt(*_: int | FrameType | None) -> None:
+        raise Hang
+
+    kinds = (signal.SIGPROF, signal.SIGALRM)
+    before = [signal.signal(kind, interrupt) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def _timed(reader: Reader, folder: Path) -> str:
     """Returns the outcome, "!" if it took too long."""
-    began = time.process_time()
-    said = outcome(reader, folder)
-    took = time.process_time() - began
-    return said if took < SECONDS or said.startswith("!") else f"!{took:.0f} s"
+    try:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
+        try:
+            return outcome(reader, folder)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except Hang as error:
+        return f"!hang in {_place(error)}"
 
 
-def weighed(reader: Reader, folder: Path) -> str:
-    """Returns the outcome, "!" if it took too much memory."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _watched(reader: Reader, folder: Path, size: int) -> str:
+    """Returns the outcome, "!" if the process had more memory than it may take."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    bound = _peak() + FIXED + reader.multiple * size
+    said = _timed(reader, folder)
+    peak = _peak()
+    return said if said.startswith("!") or peak <= bound else _large(peak, size)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _traced(reader: Reader, folder: Path, size: int) -> str:
+    """Returns the outcome, "!" if it allocated more memory than it may."""
     tracemalloc.start()
     try:
-        said = timed(reader, folder)
+        said = _timed(reader, folder)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    if peak > FIXED + MULTIPLE * size and not said.startswith("!"):
-        return f"!{peak >> 20} MB for a file of {size} bytes"
-    return said
+    if said.startswith("!") or peak <= FIXED + reader.multiple * size:
+        return said
+    return _large(peak, size)
+
+
+def _large(peak: int, size: int) -> str:
+    return f"!{peak >> 20} MB for files of {size} bytes"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--reader", choices=sorted(READERS), help="only this one")
+    parser.add_argument("--reader", nargs="+", choices=sorted(READERS), help="only these")
     parser.add_argument("--count", type=int, default=1000, help="inputs of each reader")
     parser.add_argument("--seconds", type=float, help="of each reader, instead of a count")
     parser.add_argument("--start", type=int, default=0, help="number of the first input")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument(
-        "--memory", action="store_true", help="watch memory too, several times slower"
+        "--memory", action="store_true", help="count each allocation, several times slower"
     )
     args = parser.parse_args(argv)
-    wrong = 0
-    for name in [args.reader] if args.reader else sorted(READERS):
-        numbers: Iterator[int] = iter(range(args.start, args.start + args.count))
-        if args.seconds is not None:
-            numbers = within(args.seconds, args.start)
-        with tempfile.TemporaryDirectory() as home:
-            found = fuzz(name, numbers, args.seed, Path(home), args.memory)
-        bad = {said: many for said, many in found.items() if said.startswith("!")}
-        wrong += sum(bad.values())
-        print(
-            f"{name}: {found.total()} inputs, {found['read']} read, {found['refused']} refused, "
-            f"{sum(bad.values())} wrong",
-            flush=True,
-        )
-        for said in list(bad)[:10]:
-            print(f"    {said[1:]}")
-    return int(wrong > 0)
+    total: Counter[str] = Counter()
+    for name in args.reader or sorted(READERS):
+        total += _all_jobs(name, args)
+    print(_line("all", total))
+    return int(any(said.startswith("!") for said in total))
 
 
-def within(seconds: float, start: int) -> Iterator[int]:
-    """Yields numbers until the time is over."""
-    end = time.monotonic() + seconds
-    return takewhile(lambda _: time.monotonic() < end, count(start))
+def _all_jobs(name: str, args: argparse.Namespace) -> Counter[str]:
+    """Reads the inputs of one reader in several processes, and prints what they found."""
+
+    def work(numbers: Iterator[int]) -> Counter[str]:
+        place = MEMORY if MEMORY.is_dir() else None
+        with tempfile.TemporaryDirectory(dir=place) as home:
+            return fuzz(name, numbers, args.seed, Path(home), args.memory)
+
+    def numbers(job: int, after: int | None) -> Iterator[int]:
+        every = count(args.start + job if after is None else after + args.jobs, args.jobs)
+        if args.seconds is None:
+            return takewhile((args.start + args.count).__gt__, every)
+        return takewhile(lambda _: time.monotonic() < end, every)
+
+    began = time.monotonic()
+    end = began + (args.seconds or 0)
+    found = run_jobs(work, numbers, args.jobs, 2 * WAITING)
+    pace = found.total() / (time.monotonic() - began)
+    print(f"{_line(name, found)}, {pace:.0f} a second", flush=True)
+    for said in [said for said in found if said.startswith("!")][:10]:
+        print(f"    {said[1:]}", flush=True)
+    return found
+
+
+def _line(name: str, found: Counter[str]) -> str:
+    wrong = sum(many for said, many in found.items() if said.startswith("!"))
+    return (
+        f"{name}: {found.total()} inputs, {found['read']} read, {found['refused']} refused, "
+        f"{wrong} wrong"
+    )
 
 
 if __name__ == "__main__":

@@ -441,3 +441,9 @@ def test_names_that_begin_with_a_dot_are_no_tasks(tmp_path):
 def test_a_task_without_test_inputs_does_not_count():
     scores = ArcVoting(["", "a"], {"a": {"test": []}}, ks=(1,)).scores()
     assert scores["tasks"] == 0 and np.isnan(scores["pass@1"])
+
+
+def test_a_name_with_a_line_feed_is_shown_in_one_line(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"a\nb": {"train": [], "test": 1}}))
+    with pytest.raises(ValueError, match=r"ArcTask: 'a\\nb' must have the list 'test' of pairs"):
+        read_arc_folder(tmp_path)

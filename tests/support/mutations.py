@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ VALUES: tuple[Any, ...] = (
     float("inf"), "", "x", "\ud800", "NaN", "Infinity", "../x", "a\nb", "\x1b[31m", [], {}, [[]],
     {"$tensor": "x"}, {"$int": "0xf"}, {"a": []}, [1, "a"], list(range(50)),
 )  # fmt: skip
+_DIGIT = re.compile(rb"\d")
 
 
 def mutated(data: bytes, chance: random.Random, suffix: str) -> bytes:
@@ -106,10 +108,10 @@ def _with_word(data: bytes, chance: random.Random) -> bytes:
 
 def _with_number(data: bytes, chance: random.Random) -> bytes:
     """A number in text is another one."""
-    places = [i for i, byte in enumerate(data) if 48 <= byte <= 57]
-    if not places:
+    found = _DIGIT.search(data, chance.randrange(len(data) + 1)) or _DIGIT.search(data)
+    if found is None:
         return _with_word(data, chance)
-    at = chance.choice(places)
+    at = found.start()
     return data[:at] + chance.choice(WORDS[1:5]) + data[at + 1 :]
 
 

@@ -1,10 +1,12 @@
 """Settings of a recipe as a tree of dataclasses: to flat names, to JSON, and back."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from trm_fast._paths import expanded
 
@@ -80,14 +82,44 @@ def from_json(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """Returns the settings that ``to_json`` gave, also after a way through JSON.
 
     Raises:
-        ValueError: a setting is missing, unknown or out of range.
+        ValueError: a setting is missing, unknown, out of range or of another type.
     """
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for name in {*values} ^ {*names}:
+    for name in sorted({*values} ^ {*names}):
         what = "unknown" if name in values else "missing"
-        raise ValueError(f"{kind.__name__}: the setting {name!r} is {what}")
+        raise ValueError(f"{kind.__name__}: the setting {name[:80]!r} is {what}")
+    for name in names:
+        if not _fits(hints[name], values[name]):
+            wanted = inspect.formatannotation(hints[name])
+            raise ValueError(
+                f"{kind.__name__}: {name} must be of type {wanted}; got {values[name]!r:.80}"
+            )
     return kind(**{name: _value(hints[name], values[name]) for name in names})
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Returns whether a value from JSON is of a type; of types that JSON has not, any is."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        items = value.items() if isinstance(value, Mapping) else None
+        return items is not None and (
+            origin is None or all(_fits(inner[0], k) and _fits(inner[1], v) for k, v in items)
+        )
+    if origin in (Union, UnionType):
+        return any(_fits(one, value) for one in inner)
+    if origin is Literal:
+        return any(type(one) is type(value) and one == value for one in inner)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if origin is list or inner[1:] == (...,):
+            return all(_fits(inner[0], item) for item in value)
+        return len(value) == len(inner) and all(map(_fits, inner, value))
+    # True is an int to Python, and an int is as good as a float.
+    if hint in (bool, int, str, NoneType):
+        return type(value) is hint
+    return hint is not float or type(value) in (int, float)
 
 
 def _value(hint: Any, value: Any) -> Any:

@@ -1,8 +1,10 @@
 """The grokking benchmark: its rows, its files, what is trained again and what never is."""
 
 import dataclasses
+import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -298,3 +300,30 @@ def test_timing_needs_no_run_and_makes_none(tmp_path):
     timing = measure_time(small(tmp_path), threads=1)
     assert all(0 < seconds < math.inf for seconds in timing.seconds.values())
     assert names(tmp_path) == ["time.json"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("reached", "4", "reached must be of type int | None; got '4'"),
+        ("reached", 0, "iterations must be >= 0 and reached >= 1"),
+        ("config", [], "config must be of type dict[str, typing.Any]; got []"),
+        ("curve", {"iteration": [1]}, "curve must have iteration, train_accuracy, "),
+        ("environment", {"threads": 1}, "environment must have processor, threads, torch, "),
+        ("new", 1, "the setting 'new' is unknown"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_by_its_name(tmp_path, field, value, reason):
+    plan = small(tmp_path, seeds=(0,))
+    train(plan)
+    path = plan.path(TWO[0], 0)
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        plan.outcomes()
+    assert str(caught.value).startswith(f"bench grokking: {path}: ")
+
+
+def test_a_pipe_in_the_place_of_times_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "time.json")
+    with pytest.raises(ValueError, match="an ordinary file is required; got a pipe"):
+        small(tmp_path).timing()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trm_fast import _json
+from trm_fast._errors import shown
 from trm_fast._files import is_hidden
 from trm_fast._paths import expanded
 from trm_fast.data.puzzles.arc_grids import COLOURS, SEPARATOR, SIDE
@@ -44,12 +45,14 @@ class ArcTask:
     def __post_init__(self) -> None:
         if SEPARATOR in self.name or not self.name:
             raise ValueError(
-                f"ArcTask: a name must not be empty or contain {SEPARATOR}; got {self.name!r}"
+                f"ArcTask: a name must not be empty or contain {SEPARATOR}; got {self.name!r:.200}"
             )
         if not self.train or not self.test:
-            raise ValueError(f"ArcTask: {self.name} must have train and test pairs")
+            raise ValueError(f"ArcTask: {shown(self.name)} must have train and test pairs")
         if any(output is None for _, output in self.train):
-            raise ValueError(f"ArcTask: {self.name} must have the output of every train pair")
+            raise ValueError(
+                f"ArcTask: {shown(self.name)} must have the output of every train pair"
+            )
 
     @classmethod
     def of_lists(cls, name: str, task: Any) -> ArcTask:
@@ -79,7 +82,7 @@ def pairs_of(name: str, part: str, task: Any) -> tuple[Pair, ...]:
     """
     pairs = task.get(part) if isinstance(task, dict) else None
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise ValueError(f"ArcTask: {name} must have the list '{part}' of pairs")
+        raise ValueError(f"ArcTask: {shown(name)} must have the list '{part}' of pairs")
     return tuple(_pair(name, f"{part}[{i}]", pair) for i, pair in enumerate(pairs))
 
 
@@ -98,7 +101,10 @@ def _lists(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 
 def _grid(name: str, where: str, cells: Any) -> Array:
-    wanted = f"ArcTask: {name} {where} must be 1 to {SIDE} equal rows of 1 to {SIDE} colours 0 to 9"
+    wanted = (
+        f"ArcTask: {shown(name)} {where} must be 1 to {SIDE} equal rows of 1 to {SIDE} colours 0 "
+        "to 9"
+    )
     rows = cells if isinstance(cells, list) else []
     if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
         raise ValueError(wanted)
@@ -163,8 +169,8 @@ def read_arc_folder(folder: str | PathLike[str]) -> list[ArcTask]:
         for task in _read_tasks(path, inside.removesuffix(".json")):
             if task.name in found:
                 raise ValueError(
-                    f"{path}: every task must have a name of its own; got {task.name}, which "
-                    f"{found[task.name][0]} has too: read one of these files"
+                    f"{path}: every task must have a name of its own; got {shown(task.name)}, "
+                    f"which {found[task.name][0]} has too: read one of these files"
                 )
             found[task.name] = path, task
     return [task for _, task in found.values()]
@@ -210,7 +216,7 @@ def _solved(path: Path, tasks: dict[str, Any]) -> dict[str, Any]:
 def _with_outputs(path: Path, name: str, task: Any, solutions: dict[str, Any]) -> Any:
     pairs, outputs = task.get("test"), solutions.get(name)
     if not isinstance(pairs, list) or not isinstance(outputs, list) or len(pairs) != len(outputs):
-        raise ValueError(f"{path}: an output for each test pair of {name} is required")
+        raise ValueError(f"{path}: an output for each test pair of {shown(name)} is required")
     if not all(isinstance(pair, dict) for pair in pairs):
         return task  # which is then refused
     test = [{**pair, "output": output} for pair, output in zip(pairs, outputs, strict=True)]

@@ -17,16 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from trm_fast._json import load_object
+from trm_fast._json import read_object
 from trm_fast._version import __version__
 from trm_fast.recipes.grokking.bench.plan import ROWS
 from trm_fast.recipes.grokking.config import GrokkingConfig
 from trm_fast.recipes.grokking.report import Evaluation
 from trm_fast.recipes.grokking.trainer import grokking_epochs
+from trm_fast.recipes.settings import from_json
 from trm_fast.train import files
 from trm_fast.train.distributed import World, device_name
 
@@ -34,6 +35,8 @@ from trm_fast.train.distributed import World, device_name
 _ROUNDS = 9
 # A run stays what it is when these are different.
 _NOT_SETTINGS = ("iterations", "stop_at_target", "device", "log_every", "save_every", "plot", "out")
+_CURVE = ("iteration", "train_accuracy", "validation_accuracy")
+_ENVIRONMENT = ("processor", "threads", "torch", "trm_fast")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,19 @@ class Outcome:
     environment: dict[str, Any]
     curve: dict[str, list[float]]
 
+    def check(self) -> None:
+        """Checks what the report takes for granted.
+
+        Raises:
+            ValueError: it does not hold.
+        """
+        _check_environment(self.environment)
+        least = 1 if self.reached is None else self.reached
+        if least < 1 or self.iterations < 0:
+            raise ValueError("iterations must be >= 0 and reached >= 1")
+        if set(self.curve) != {*_CURVE} or len({len(each) for each in self.curve.values()}) != 1:
+            raise ValueError(f"curve must have {', '.join(_CURVE)}, equally many of each")
+
     def finished(self, iterations: int) -> bool:
         """Whether more iterations, up to ``iterations``, could not change the outcome."""
         return self.reached is not None or self.diverged or self.iterations >= iterations
@@ -86,6 +102,23 @@ class Timing:
     seconds: dict[str, float]
     rounds: int
     environment: dict[str, Any]
+
+    def check(self) -> None:
+        """Checks what the report takes for granted.
+
+        Raises:
+            ValueError: it does not hold.
+        """
+        _check_environment(self.environment)
+
+
+Result = TypeVar("Result", Outcome, Timing)
+
+
+def _check_environment(environment: dict[str, Any]) -> None:
+    for name in _ENVIRONMENT:
+        if not isinstance(environment.get(name), (str, int)):
+            raise ValueError(f"environment must have {', '.join(_ENVIRONMENT)}")
 
 
 @dataclass(frozen=True)
@@ -129,18 +162,18 @@ class Plan:
         """Returns a run if it is finished.
 
         Raises:
-            ValueError: the file holds a run with other settings.
+            ValueError: the file holds a run with other settings, or something else.
         """
         path = self.path(row, seed)
         try:
-            outcome = Outcome(**load_object(path.read_bytes(), f"bench grokking: {path}"))
+            outcome = _read(path, Outcome)
         except FileNotFoundError:
             return None
         for name, value in _as_json(self.config(row, seed)).items():
             if name not in _NOT_SETTINGS and outcome.config.get(name) != value:
                 raise ValueError(
                     f"bench grokking: {path} must hold a run with {name} {value}; got "
-                    f"{outcome.config.get(name)}. Choose another --out"
+                    f"{outcome.config.get(name)!r:.80}. Choose another --out"
                 )
         return outcome if outcome.finished(self.base.iterations) else None
 
@@ -150,10 +183,13 @@ class Plan:
         return {run: outcome for run, outcome in found.items() if outcome is not None}
 
     def timing(self) -> Timing | None:
-        """Returns the measured times, or None if there are none."""
-        path = self.out / "time.json"
+        """Returns the measured times, or None if there are none.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         try:
-            return Timing(**load_object(path.read_bytes(), f"bench grokking: {path}"))
+            return _read(self.out / "time.json", Timing)
         except FileNotFoundError:
             return None
 
@@ -224,7 +260,6 @@ def _train(plan: Plan, row: str, seed: int) -> Outcome:
                 break
     except FloatingPointError:
         diverged = True
-    names = ("iteration", "train_accuracy", "validation_accuracy")
     return Outcome(
         row=row,
         seed=seed,
@@ -235,7 +270,7 @@ def _train(plan: Plan, row: str, seed: int) -> Outcome:
         wall_seconds=round(time.perf_counter() - wall, 3),
         cpu_seconds=round(time.process_time() - cpu, 3),
         environment=_environment(config.device),
-        curve={name: [round(getattr(e, name), 5) for e in evaluations] for name in names},
+        curve={name: [round(getattr(e, name), 5) for e in evaluations] for name in _CURVE},
     )
 
 
@@ -298,6 +333,23 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _read(path: Path, kind: type[Result]) -> Result:
+    """Reads a file of ``_write``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        found = from_json(kind, read_object(path))
+        found.check()
+    except ValueError as error:
+        raise ValueError(
+            f"bench grokking: {path}: {str(error).removeprefix(f'{path}: ')}"
+        ) from None
+    return found
 
 
 def _write(path: Path, value: Outcome | Timing) -> None:
