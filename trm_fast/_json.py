@@ -15,7 +15,7 @@ from typing import Any
 from trm_fast._files import AnyPath, read_file
 
 MAX_DEPTH = 64  # levels of nesting; what the package writes needs fewer than ten of its own
-# Parsed, a list of empty objects takes 25 times its size, and words or numbers less than ten.
+# Parsed, lists of small objects take up to 35 times their size (tests/test_reader_memory.py).
 MAX_BYTES = 256 << 20
 
 _BRACKETS = b"[]{}"

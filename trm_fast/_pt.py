@@ -34,6 +34,8 @@ _NAMES = {
 _REFUSED = {"torch.Tensor"}
 # Tensors that share memory count each; tied weights do.
 _SHARING = 16
+# Names, shapes and plain values of an archive. Read, an empty list takes 75 bytes for its one byte.
+MAX_PICKLE = 4 << 20
 # What the readers of zip and pickle raise on bytes that are none.
 _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError,
@@ -44,7 +46,8 @@ _ERRORS = (
 def load_pt(path: AnyPath, device: torch.device | str = "cpu") -> Any:
     """Returns what a file of ``torch.save`` holds.
 
-    Memory is at most three times the size of the file, and 16 times where tensors share values.
+    Memory is at most three times the size of the tensors in the file, and 16 times where they share
+    values, and 100 times that of what else is in it, which may have ``MAX_PICKLE`` bytes.
 
     Args:
         path: the file.
@@ -53,7 +56,7 @@ def load_pt(path: AnyPath, device: torch.device | str = "cpu") -> Any:
     Raises:
         OSError: it cannot be read.
         ValueError: it is no ordinary file, is damaged, or holds something else than dense tensors
-            and plain values.
+            and plain values, or too many of these.
     """
     with open_file(path) as file:
         try:
@@ -89,10 +92,22 @@ def _check_archive(file: BufferedReader) -> None:
             raise _Odd("compressed entries")
         if sum(entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
             raise _Odd("entries that are larger than the file")
-        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise _Odd(f"an archive with {len(pickles)} data.pkl")
-        _check_names(archive.read(pickles[0]))
+        size = pickle_size(archive)
+        if size > MAX_PICKLE:
+            raise _Odd(f"{size} bytes beside the tensors, of which at most {MAX_PICKLE} are read")
+        _check_names(archive.read(_pickle_of(archive)))
+
+
+def pickle_size(archive: zipfile.ZipFile) -> int:
+    """Returns the bytes of what an archive of ``torch.save`` has beside its tensors."""
+    return _pickle_of(archive).file_size
+
+
+def _pickle_of(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    found = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+    if len(found) != 1:
+        raise _Odd(f"an archive with {len(found)} data.pkl")
+    return found[0]
 
 
 def _check_names(data: bytes) -> None:
@@ -107,7 +122,8 @@ def _check_names(data: bytes) -> None:
 
 def _size(value: Any, seen: set[int], depth: int = 0) -> int:
     """Returns the bytes of all tensors, after each was found dense."""
-    if id(value) in seen:
+    # Without memory of its own, or met before.
+    if not isinstance(value, (Tensor, dict, list, tuple, set)) or id(value) in seen:
         return 0
     if isinstance(value, Tensor):
         if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
@@ -115,13 +131,13 @@ def _size(value: Any, seen: set[int], depth: int = 0) -> int:
         if value.is_meta or value.is_quantized:
             raise _Odd(f"a tensor of {value.dtype} on {value.device}")
         size = value.numel() * value.element_size()
-    elif isinstance(value, (dict, list, tuple, set)):
+    elif not value:
+        return 0
+    else:
         # What contains itself is deeper than any bound.
         if depth == MAX_DEPTH:
             raise _Odd(f"values that are nested more than {MAX_DEPTH} deep")
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         size = sum(_size(item, seen, depth + 1) for item in inner)
-    else:
-        size = 0
     seen.add(id(value))
     return size

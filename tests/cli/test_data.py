@@ -400,3 +400,12 @@ def test_what_cannot_be_read_is_an_error(tmp_path, capsys):
     assert "either train/dataset.json and test/dataset.json are required" in error_of(
         capsys, "check", tmp_path / "empty"
     )
+
+
+@pytest.mark.parametrize("mark", ['{"files":5}', '{"files":null}', "[]", "{"])
+def test_a_mark_that_lists_nothing_is_of_no_use(tmp_path, capsys, mark):
+    out = tmp_path / "data"
+    assert make("sudoku", out, *SMALL["sudoku"]) == 0
+    (out / ".made_by_trm_fast.json").write_text(mark)
+    text = error_of(capsys, "make", "sudoku", "--out", out, "--overwrite")
+    assert "data make: --overwrite must be given for a data set that data make has made" in text

@@ -1,5 +1,6 @@
 """``trm-fast report``: tables, files and one-line errors."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from trm_fast.cli import main
 from trm_fast.cli._tables import aligned, printable
 from trm_fast.train import RunDirectory
+from trm_fast.train.reports.reading import read_run
 
 
 def write(path, *lines, name="sudoku", percent=()):
@@ -169,3 +171,10 @@ def test_accuracies_in_percent_are_shown_as_such(tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     text = capsys.readouterr().out
     assert "21.50 %" in text and "2150" not in text
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_no_lock(tmp_path):
+    run = write(tmp_path / "a")
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")
+    assert read_run(run).state == "finished"

@@ -378,7 +378,14 @@ def test_a_page_of_several_runs_has_them_all(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(8.24, "8.2 s"), (99.94, "99.9 s"), (100, "1:40 min"), (3599.6, "1:00:00 h")],
+    [
+        (8.24, "8.2 s"),
+        (99.94, "99.9 s"),
+        (100, "1:40 min"),
+        (3599.6, "1:00:00 h"),
+        (math.inf, "-"),
+        (math.nan, "-"),
+    ],
 )
 def test_times_are_told_as_one_reads_them(seconds, text):
     assert tables.time_text(seconds) == text

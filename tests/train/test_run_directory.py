@@ -225,6 +225,15 @@ def test_a_pipe_is_refused_at_once(tmp_path):
             run.append("metrics.jsonl", {"step": 1})
 
 
+def test_a_pipe_says_nothing_of_a_run(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+    with RunDirectory(tmp_path) as run:
+        assert run.said() == {} and not run.is_ours
+    os.mkfifo(tmp_path / "events.jsonl")
+    with pytest.raises(ValueError, match=r"events.jsonl: an ordinary file is required; got a pipe"):
+        read_records(tmp_path / "events.jsonl")
+
+
 def test_a_lock_of_something_else_is_refused_and_stays(tmp_path):
     (tmp_path / ".lock").write_text("{}")
     with pytest.raises(OSError, match=r"\.lock must be the lock of a run; got another file"):

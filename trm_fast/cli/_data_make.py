@@ -108,7 +108,8 @@ def _strange(directory: Path) -> str | None:
         return "no directory"
     try:
         data = files.read(directory / _MARK, _MARK_BYTES)
-        made = {_MARK, *map(str, load_object(data, _MARK).get("files", ()))}
+        listed = load_object(data, _MARK).get("files")
+        made = {_MARK, *map(str, listed if isinstance(listed, list) else ())}
     except (ValueError, OSError):
         made = set()
     return next((name for name in _found(directory) if name not in made), None)

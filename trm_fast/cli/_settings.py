@@ -149,7 +149,12 @@ def _base(who: str, recipe: Recipe[Any], flags: Any) -> Any:
             raise ValueError(
                 f"{who}: --out must be a run of {recipe.name} to resume; got one of {found}"
             )
-    return from_json(recipe.settings, read_json(run / "config.json"))
+    path = run / "config.json"
+    found = read_json(path)
+    try:
+        return from_json(recipe.settings, found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{who}: {path}: {error}") from None
 
 
 def _has_begun(run: Path) -> bool:

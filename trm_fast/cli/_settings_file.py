@@ -8,6 +8,8 @@ from trm_fast.cli import suggest
 
 # Flags that decide what happens to a run; a file that somebody else may have written does not.
 FLAGS = ("overwrite", "resume", "dry_run", "dry-run", "config", "set")
+# The parser of YAML takes 150 bytes of memory for each; all settings of a recipe need a thousand.
+MAX_CHARACTERS = 1 << 16
 _ALSO = ("preset",)  # what a file may hold beside settings
 
 
@@ -36,11 +38,15 @@ def check_yaml(text: str, subject: str) -> None:
     """Counts the nesting of YAML by its events, before values are made of it: that takes recursion.
 
     Raises:
-        ValueError: it is no YAML of one document, nested too deeply, or has aliases, which nest
-            without brackets.
+        ValueError: it is longer than ``MAX_CHARACTERS``, no YAML of one document, nested too
+            deeply, or has aliases, which nest without brackets.
     """
     import yaml
 
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{subject} must have at most {MAX_CHARACTERS} characters; got {len(text)}"
+        )
     depth = documents = 0
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -1,6 +1,7 @@
 """``.pt`` files of tensors and plain values, which execute nothing when they are read."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trm_fast._pt import load_pt
+from trm_fast._pt import MAX_PICKLE, load_pt, pickle_size
 from trm_fast.train import files
 
 
@@ -22,9 +23,16 @@ def write_pt(owner: str, path: Path, values: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: it cannot be written.
+        ValueError: the plain values are more than ``read_pt`` reads.
     """
     buffer = io.BytesIO()
     torch.save(dict(values), buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        size = pickle_size(archive)
+    if size > MAX_PICKLE:
+        raise ValueError(
+            f"{owner}: values that are no tensors must take at most {MAX_PICKLE} bytes; got {size}"
+        )
     with files.explained(owner, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(path, buffer.getvalue())

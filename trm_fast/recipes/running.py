@@ -158,7 +158,11 @@ def _require_settings(recipe: Recipe[Any], config: Any, out: Path) -> None:
     made = [info.path / "config.json" for info in Checkpoints(out).list() if info.damage is None]
     if not made or not made[-1].is_file():
         return
-    before = from_json(recipe.settings, read_object(made[-1]))
+    found = read_object(made[-1])
+    try:
+        before = from_json(recipe.settings, found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"train {recipe.name}: {made[-1]}: {error}") from None
     for name, (old, new) in recipe.changes(before, config).items():
         raise ValueError(
             f"train {recipe.name}: {name} must be {old!r} as in the last checkpoint, "

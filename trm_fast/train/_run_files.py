@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trm_fast._json import load_object
+from trm_fast._json import read_object
 from trm_fast._version import __version__
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
 from trm_fast.train.distributed import World, device_name
@@ -140,7 +140,7 @@ class RunFiles:
         """Returns the settings with which a checkpoint was made, as config.json has them; nothing
         if it lacks them."""
         path = loaded.path / "config.json"
-        return load_object(path.read_bytes(), f"{path}:") if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def _require_unsaved(self, directory: RunDirectory) -> None:
         """Refuses to start at the beginning where checkpoints have been."""

@@ -24,12 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trm_fast._files import open_file
 from trm_fast._json import check_depth, load_object
 from trm_fast._paths import expanded
 from trm_fast.train import files
 
 LOCK = ".lock"
 FILES = ("config.json", "metrics.jsonl", "events.jsonl", "summary.json")
+MAX_JSON = 16 << 20  # bytes of each of its files of JSON
 MANIFEST = "MANIFEST.json"  # in each checkpoint
 FOLDERS = ("ckpt", "tensorboard", "wandb")
 _HOLDER = re.compile(rb"(\d+) (\S+)\n")
@@ -182,7 +184,7 @@ class RunDirectory:
     def said(self) -> dict[str, Any]:
         """Returns what run.json says, nothing if it is missing or is no JSON."""
         try:
-            return load_object((self.path / "run.json").read_bytes(), "run.json")
+            return load_object(files.read(self.path / "run.json", MAX_JSON), "run.json")
         except (OSError, ValueError):
             return {}
 
@@ -308,10 +310,10 @@ class RunDirectory:
             if not path.exists():
                 return 0
             files.refuse_link(path)
-            found = list(_records(path))
-            kept = [line for line, record in found if not _beyond(record, step)][:most]
+            beyond = [(_beyond(record, step), line) for line, record in _records(path)]
+            kept = [line for is_beyond, line in beyond if not is_beyond][:most]
             files.replace(path, b"".join(kept))
-        return len(found) - len(kept)
+        return len(beyond) - len(kept)
 
     def read(self, name: str) -> list[dict[str, Any]]:
         """Returns the records of a JSONL file, without a torn last line; none if it is missing.
@@ -330,9 +332,11 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    # What follows the last line feed was torn, or is nothing.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        yield line + b"\n", load_object(line, f"{path}:{number}:")
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            # What follows the last line feed was torn, or is nothing.
+            if line.endswith(b"\n"):
+                yield line, load_object(line, f"{path}:{number}:")
 
 
 def _beyond(record: Mapping[str, Any], step: int) -> bool:

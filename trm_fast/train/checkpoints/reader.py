@@ -17,7 +17,7 @@ from trm_fast.train.checkpoints.state import dumps, from_safetensors, loads, unf
 
 FORMAT = 1
 MANIFEST, STATE, CONFIG = "MANIFEST.json", "state.json", "config.json"
-# JSON in memory is some twenty times its size on disk; larger things belong into tensors.
+# In memory it is up to 35 times as large; larger things belong into tensors.
 MAX_JSON = 16 << 20
 STEP = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
 

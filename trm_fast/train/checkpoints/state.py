@@ -167,10 +167,11 @@ class _Part:
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
-    """Puts a state together again.
+    """Puts a state together again, in the lists and dicts of the tree, so that no second one of
+    them is in memory.
 
     Args:
-        tree: what ``flatten`` returned.
+        tree: what ``flatten`` returned; not to be used any more.
         tensors: by name.
         depth: levels of the state around this one.
 
@@ -184,7 +185,9 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
     tags = [key for key in tree if key.startswith("$")]
     if not tags:
         check_depth(depth + 1, "a tree")
-        return {key: unflatten(item, tensors, depth + 1) for key, item in tree.items()}
+        for key, item in tree.items():
+            tree[key] = unflatten(item, tensors, depth + 1)
+        return tree
     if len(tree) != 1 or tags[0] not in _DECODERS:
         raise ValueError(f"a tree must be of known kinds; got an object with {tags[0][:40]!r}")
     return _DECODERS[tags[0]](tree[tags[0]], tensors, depth)
@@ -192,7 +195,9 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor], depth: int = 0) -> Any:
 
 def _items(items: list[Any], tensors: Mapping[str, Tensor], depth: int) -> list[Any]:
     check_depth(depth + 1, "a tree")
-    return [unflatten(item, tensors, depth + 1) for item in items]
+    for place, item in enumerate(items):
+        items[place] = unflatten(item, tensors, depth + 1)
+    return items
 
 
 def _tensor(name: Any, tensors: Mapping[str, Tensor], _: int) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trm_fast._json import load_object
 from trm_fast._paths import expanded
 from trm_fast.train import files
-from trm_fast.train.run_directory import LOCK, read_records
+from trm_fast.train.run_directory import LOCK, MAX_JSON, read_records
 
 if TYPE_CHECKING:
     from trm_fast.train.checkpoints.checkpoints import CheckpointInfo
@@ -24,7 +24,6 @@ FILES = ("report.html", "curves.png")
 State = Literal["running", "finished", "interrupted", "stopped", "unfinished", "empty"]
 Record = dict[str, Any]
 
-_MAX_JSON = 16 << 20
 _NOT_METRICS = ("kind", "step", "seconds", "count", "lr", "steps_per_second")
 # Metrics by which a run is judged if its settings name none, best first.
 _SHARES = ("exact_accuracy", "validation_accuracy", "accuracy")
@@ -198,7 +197,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} is missing")
         return {}
     with files.explained("report", path):
-        return load_object(files.read(path, _MAX_JSON), f"{path}:")
+        return load_object(files.read(path, MAX_JSON), f"{path}:")
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -295,7 +294,7 @@ def _is_locked(path: Path) -> bool:
     """Returns whether the trainer that the lock file names holds it, without trying to take it: a
     trainer that starts just then would find it taken."""
     try:
-        pid = path.read_text().split()[0]
+        pid = files.read(path, 4096).decode().split()[0]
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()
     except (OSError, ValueError, IndexError):

@@ -170,7 +170,9 @@ def value_text(value: Any) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Returns a time such as "8.2 s", "12:05" (minutes) or "3:01:07" (hours)."""
+    """Returns a time such as "8.2 s", "12:05" (minutes) or "3:01:07" (hours); "-" for none."""
+    if not math.isfinite(seconds):
+        return "-"
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
