@@ -17,6 +17,7 @@ import torch
 
 from trm_fast import _json
 from trm_fast._pt import MAX_PICKLE, load_pt
+from trm_fast.cli._data_check import check
 from trm_fast.cli._settings_file import check_file
 from trm_fast.data import read_arc_folder, read_identifiers, read_jsonl, read_maze_csv, read_pairs
 from trm_fast.data.sources.npy import read_npy
@@ -72,6 +73,12 @@ def numbers(size):
     return file.getvalue()
 
 
+def expressions(size):
+    """Rows of ListOps and a long one, up to whose length all are padded."""
+    long = b"[MAX " + b"1 " * 60 * 4 + b"],1\n"
+    return rows(b"[MAX 1 2 ],2\n", size, b"q,a\n") + long
+
+
 def solved(size):
     pair = {"input": [[0]], "output": [[0]]}
     return json.dumps({"train": [pair] * (size // 35), "test": [pair]}).encode()
@@ -99,6 +106,7 @@ FILES = {
         "a.jsonl", lambda size: rows(b'{"q":"a","x":[[],[],[],[],{}]}\n', size),
         lambda path: read_jsonl(path, {"q": str}),
     ),
+    "padded": ("a.csv", expressions, check),
     "identifiers": (
         "identifiers.json", lambda size: array(b'"ab"', size),
         lambda path: read_identifiers(path.parent),
