@@ -169,7 +169,7 @@ for number, (reader, (name, statements)) in enumerate(program.items()):
         home = folder / f"{number}-{len(deep)}"
         path = home / name
         path.parent.mkdir(parents=True)
-        path.write_text(deep * 100_000 + "\\n")
+        path.write_text(deep * (8_000 if path.suffix == ".yaml" else 100_000) + "\\n")
         print(reader, flush=True)
         try:
             exec(statements, {"path": path, "folder": home})

@@ -168,6 +168,7 @@ def test_wrong_fields_are_one_line_and_write_nothing(tmp_path, capsys, flags, me
     [
         ("prim: 7\n", "unknown setting 'prim'; did you mean 'prime'?"),
         ("lr: [1e-4\n", "bad.yaml: must be YAML; got an error in line 2: did not find"),
+        ("&a lr: 1\n&a seed: 1\n", "bad.yaml: must be YAML; got an error in line 2: found dupl"),
         ("- 1\n- 2\n", "--config: expected a file with one 'setting: value' per line"),
         ("lr: fast\n", "--lr: Expected a float. Got value: fast"),
     ],

@@ -1,6 +1,7 @@
 """Checks a file of settings before values are made of it: what it holds, what it may ask for."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trm_fast._json import check_depth
@@ -28,7 +29,8 @@ def check_file(text: str, subject: str, settings: Collection[str]) -> None:
     import yaml
 
     check_yaml(text, subject)
-    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    with _one_line(subject):
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     # What is no mapping at all is refused by the parser of values.
     if isinstance(root, yaml.MappingNode):
         _check_section(root, "", subject, settings, set())
@@ -48,7 +50,7 @@ def check_yaml(text: str, subject: str) -> None:
             f"{subject} must have at most {MAX_CHARACTERS} characters; got {len(text)}"
         )
     depth = documents = 0
-    try:
+    with _one_line(subject):
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{subject} must have no aliases; got *{event.anchor}")
@@ -61,9 +63,21 @@ def check_yaml(text: str, subject: str) -> None:
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
             check_depth(depth, subject)
+
+
+@contextmanager
+def _one_line(subject: str) -> Iterator[None]:
+    """Says in one line what is no YAML."""
+    import yaml
+
+    try:
+        yield
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        reason = f"an error in line {line}: {error.problem}"
+        # What is composed wrongly is told by the context, as an anchor that is there twice.
+        composed = isinstance(error, yaml.composer.ComposerError) and error.context
+        problem = f"{error.context}, {error.problem}" if composed else error.problem
+        reason = f"an error in line {line}: {problem}"
         raise ValueError(f"{subject} must be YAML; got {reason}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{subject} must be YAML; got {' '.join(str(error).split())}") from None
