@@ -406,6 +406,7 @@ def adaptive_step_kernel(
     k, seeding, gain, pull = 0, False, 1.0, 0.0
     if FILTER != NO_FILTER:
         k = tl.load(tl.load(row + GROK_STEP).to(tl.pointer_type(tl.float32))).to(tl.int32)
+        k = tl.maximum(k, 0)  # a negative one would lie before the ring
         seeding = k == 0
         gain, pull = _blend(
             row, t, k, window, factor, alpha, fresh, lamb, after_step, proj_eps, FILTER, WARMUP

@@ -59,7 +59,7 @@ def passes(name: str, options: list[str]) -> bool:
     assert Path(package).is_relative_to(home), f"the tests would run on {package}"
     pytest = Path(sys.executable).with_name("pytest")
     code = subprocess.run(
-        [pytest, "-q", *SELECTION, *PARALLEL, *(options or TESTS)], cwd=ROOT, env=variables
+        [pytest, "-q", *SELECTION, *PARALLEL, *options, *TESTS], cwd=ROOT, env=variables
     ).returncode
     reports = sorted(home.glob("report.*"))
     for report in reports:

@@ -107,3 +107,15 @@ def test_what_is_no_archive_is_refused(tmp_path, data):
     (tmp_path / "a.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"/a\.pt: a file of torch\.save .*; got "):
         load_pt(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("second", ["a/DATA.PKL", "B/data.PKL", "b/data.pkl"])
+def test_a_pickle_cannot_hide_behind_another_one(second, tmp_path):
+    """torch looks for it whatever the case of its letters, and takes the last one."""
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+    large = pickle.dumps({"size": 1 << 20}, protocol=2)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(second, large)
+    with pytest.raises(ValueError, match=r"an archive with 2 data.pkl"):
+        load_pt(path)

@@ -104,7 +104,9 @@ def pickle_size(archive: zipfile.ZipFile) -> int:
 
 
 def _pickle_of(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    found = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+    # torch finds it whatever the case of its letters.
+    names = ((entry, entry.filename.lower()) for entry in archive.infolist())
+    found = [entry for entry, name in names if name.endswith("/data.pkl")]
     if len(found) != 1:
         raise _Odd(f"an archive with {len(found)} data.pkl")
     return found[0]

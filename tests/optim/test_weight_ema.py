@@ -462,3 +462,18 @@ def test_optimizer_without_averages_is_refused(kind: Any) -> None:
     model = two_linear()
     with pytest.raises(ValueError, match=f"{kind.__name__} must keep averages"):
         WeightEMA.of(kind(model.parameters()), model)
+
+
+def test_a_parameter_without_gradients_does_not_keep_the_others_from_loading() -> None:
+    model = two_linear()
+    optimizer = GrokFastAdamW(model.parameters(), weight_ema=0.5)
+    ema, other = WeightEMA.of(optimizer, model), WeightEMA(two_linear(seed=9), 0.9)
+    unused = list(model.parameters())[-1]
+    grads = make_grads(list(model.parameters()), 1)[0]
+    for param, grad in zip(model.parameters(), grads, strict=True):
+        param.grad = None if param is unused else grad
+    optimizer.step()
+    ema.load_state_dict(other.state_dict())
+    *names, last = ema.average
+    assert_same(*({name: each.average[name] for name in names} for each in (ema, other)))
+    assert torch.equal(ema.average[last], unused)

@@ -42,7 +42,8 @@ def run_jobs(work: Work, numbers: Numbers, jobs: int, patience: float) -> Counte
                 if last is not None:
                     running.append(_Job(work, numbers, job.number, last))
             elif job.stalled(patience):
-                os.kill(job.process.pid or 0, signal.SIGABRT)
+                assert job.process.pid is not None
+                os.kill(job.process.pid, signal.SIGABRT)
     return total
 
 

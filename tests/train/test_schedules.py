@@ -82,6 +82,17 @@ def test_what_a_later_stage_would_schedule_moves_nothing_before():
     assert group["lr"] == 1.0 and "step" not in vars(trainer.optimizers[0])
 
 
+def test_what_a_later_stage_would_schedule_leaves_a_tensor_alone():
+    def made(optimizers):
+        return [lr_scheduler.LinearLR(each, 0.25) for each in optimizers]
+
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1.0))
+    stages = [Stage("one", split(6), steps=4), Stage("two", schedules=made)]
+    Trainer(model, optimizer, Curriculum(stages), loss, TrainerConfig(steps=5), device="cpu")
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
 def test_schedules_that_need_their_stage_are_looked_at_when_it_begins():
     def made(optimizers):
         return plateau(optimizers) if optimizers[0].param_groups[0]["momentum"] else 1 / 0

@@ -103,7 +103,8 @@ class WeightEMA:
 
     @property
     def average(self) -> dict[str, Tensor]:
-        """The averages by the names of their parameters."""
+        """The averages by the names of their parameters; those that have not started are set to the
+        weights as they are."""
         if self._optimizer is None:
             if not (self.started or self._swapped):
                 self._copy_weights()
@@ -222,15 +223,17 @@ class WeightEMA:
                 "WeightEMA: state_dict must name the parameters of the model; got missing "
                 f"{sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}"
             )
+        averages = self.average
         for name, value in loaded.items():
-            if value.shape != self.average[name].shape:
+            if value.shape != averages[name].shape:
                 raise ValueError(
-                    f"WeightEMA: {name} must be {tuple(self.average[name].shape)}; got "
+                    f"WeightEMA: {name} must be {tuple(averages[name].shape)}; got "
                     f"{tuple(value.shape)}"
                 )
+        waiting = [] if self._optimizer is None else [*map(id, self._waiting())]
         if self._optimizer is None:
             self.decay = decay
-        elif self._waiting() or any(
+        elif len(waiting) == len(self._params) or any(
             "weight_ema" not in self._optimizer.state[p] for p in self._params.values()
         ):
             raise RuntimeError(
@@ -238,10 +241,12 @@ class WeightEMA:
                 "the optimizer starts them at the weights; got one that has none or has not "
                 "stepped: take one step first, or load its own state dict"
             )
-        averages, self.started = self.average, True
+        self.started = True
         with torch.no_grad():
             for name, value in loaded.items():
-                averages[name].copy_(value)
+                # The first step of a parameter would start its average anew.
+                if id(self._params[name]) not in waiting:
+                    averages[name].copy_(value)
 
 
 def _named(model: nn.Module | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

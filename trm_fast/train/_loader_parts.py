@@ -2,6 +2,7 @@
 
 import random
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -76,12 +77,23 @@ def parts_of(source: Any) -> Parts:
         owner = _file(found, path, value, owner)
         for name, child, of_child in _children(value, owner):
             queue.append((f"{path}.{name}" if path else name, child, of_child))
+    if queue:
+        warnings.warn(
+            f"EpochBatches: only the first {_MOST} objects of the batches were looked through for "
+            "random generators: those behind them are in no checkpoint",
+            stacklevel=2,
+        )
     return found
 
 
 def _file(found: Parts, path: str, value: Any, owner: _Owner) -> _Owner:
     """Puts an object where it belongs; returns whose its parts are."""
-    if isinstance(value, (Tensor, np.ndarray)):
+    if isinstance(value, Tensor):
+        if owner and not value.is_nested and value.layout == torch.strided:
+            if value.nbytes <= _LARGE:
+                found.watched[path] = value
+        return _SEARCHED
+    if isinstance(value, np.ndarray):
         if owner and value.nbytes <= _LARGE and not isinstance(value, np.memmap):
             found.watched[path] = value
         return _SEARCHED

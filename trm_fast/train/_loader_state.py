@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -55,7 +56,7 @@ class LoaderState:
         return {
             "generators": {path: generator_state(g) for path, g in self._generators.items()},
             "changed": {path: changes for path, changes in changed if changes is not None},
-            "stateful": {path: part.state_dict() for path, part in asked.items()},
+            "stateful": {path: deepcopy(part.state_dict()) for path, part in asked.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

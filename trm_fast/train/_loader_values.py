@@ -85,15 +85,16 @@ class _Encoder:
     def encode(self, value: Any) -> dict[str, Any]:
         self._take(8)
         if isinstance(value, np.generic):
-            value = value.item()
+            # As an array without dimensions, as arithmetic depends on its dtype.
+            return {"scalar": self._array(np.array(value))["array"]}
         if value is None or type(value) in (bool, int, float, str):
+            self._take(len(value) if type(value) is str else 0)
             return {"plain": value}
         if isinstance(value, GENERATORS):
             return self._generator(value)
-        if isinstance(value, Tensor) and type(value) is Tensor and value.dtype in DTYPES:
-            self._take(value.nbytes)
-            return {"tensor": value.detach().clone()}
-        if type(value) is np.ndarray and not value.dtype.hasobject:
+        if type(value) is Tensor:
+            return self._tensor(value)
+        if type(value) is np.ndarray:
             return self._array(value)
         if type(value) in (list, tuple):
             return self._items(type(value).__name__, value)
@@ -116,11 +117,19 @@ class _Encoder:
                 pass
         return {kind: [self.encode(item) for item in value]}
 
+    def _tensor(self, value: Tensor) -> dict[str, Any]:
+        # A device would not come back.
+        known = value.dtype in DTYPES and value.device.type == "cpu"
+        if not known or value.is_nested or value.layout != torch.strided:
+            raise UnsavableError
+        self._take(value.nbytes)
+        return {"tensor": value.detach().clone()}
+
     def _array(self, value: np.ndarray[Any, Any]) -> dict[str, Any]:
         self._take(value.nbytes)
         try:
             tensor = torch.from_numpy(np.array(value))
-        except TypeError:  # texts and dates
+        except (TypeError, ValueError):  # texts, dates, objects, bytes in the other order
             raise UnsavableError from None
         if tensor.dtype not in DTYPES:
             raise UnsavableError
@@ -142,6 +151,8 @@ def decoded(state: dict[str, Any]) -> Any:
         return value.clone()
     if kind == "array":
         return value.cpu().numpy().copy()
+    if kind == "scalar":
+        return value.cpu().numpy()[()]
     if kind == "dict":
         return {decoded(key): decoded(item) for key, item in value}
     if kind in ("list", "tuple"):

@@ -6,6 +6,7 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from trm_fast.train.config import TrainerConfig
@@ -97,5 +98,9 @@ def check_later_schedules(
 def _apart(optimizer: Optimizer) -> Optimizer:
     """Returns a copy of an optimizer whose options may be changed."""
     twin = copy(optimizer)
-    twin.param_groups = [dict(group) for group in optimizer.param_groups]
+    # Schedules write into a tensor in place.
+    twin.param_groups = [
+        {name: v.clone() if isinstance(v, Tensor) else v for name, v in group.items()}
+        for group in optimizer.param_groups
+    ]
     return twin

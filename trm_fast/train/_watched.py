@@ -13,7 +13,6 @@ from torch import Tensor
 from trm_fast.train._loader_parts import attributes
 from trm_fast.train._loader_values import UnsavableError, decoded, encoded
 
-_SAMPLED = 1024  # values of an array that are compared, spread over all of it
 _NUMBERS = (bool, int, float, str)
 
 
@@ -22,7 +21,8 @@ class Watched(ABC):
 
     @abstractmethod
     def changes(self) -> Any:
-        """Returns what has changed as a state for a checkpoint, or None."""
+        """Returns what has changed as a state for a checkpoint, or None for nothing and for what
+        cannot be saved."""
 
     @abstractmethod
     def go_back(self, changes: Any) -> None:
@@ -130,10 +130,7 @@ class _WatchedList(Watched):
         if not self._has_changed():
             return None
         order = self._order()
-        try:
-            return encoded(self.value) if order is None else {"order": order}
-        except UnsavableError:
-            return None
+        return _encoded_or_none(self.value) if order is None else {"order": order}
 
     def _order(self) -> Tensor | None:
         """Returns where the items were before, if these are the same ones."""
@@ -165,17 +162,14 @@ class _WatchedArray(Watched):
     def __init__(self, value: np.ndarray[Any, Any]) -> None:
         self.value, self.before = value, value.copy()
 
+    def _has_changed(self) -> bool:
+        return bool(self.value.tobytes() != self.before.tobytes())
+
     def changes(self) -> Any:
-        every = 1 + self.value.size // _SAMPLED
-        if self.value.dtype.hasobject:
-            return None
-        now, before = self.value.flat[::every], self.before.flat[::every]
-        if now.tobytes() == before.tobytes():
-            return None
-        try:
-            return encoded(self.value)
-        except UnsavableError:
-            return None
+        return _encoded_or_none(self.value) if self._has_changed() else None
+
+    def unsaved(self) -> list[str]:
+        return [""] if self._has_changed() and self.changes() is None else []
 
     def go_back(self, changes: Any) -> None:
         if changes is not None or self.changes() is not None:
@@ -189,13 +183,14 @@ class _WatchedTensor(Watched):
         self.value, self.before = value, value.detach().clone()
         self.version = _version(value)
 
+    def _has_changed(self) -> bool:
+        return self.version != _version(self.value)
+
     def changes(self) -> Any:
-        if self.version == _version(self.value):
-            return None
-        try:
-            return encoded(self.value.detach())
-        except UnsavableError:
-            return None
+        return _encoded_or_none(self.value.detach()) if self._has_changed() else None
+
+    def unsaved(self) -> list[str]:
+        return [""] if self._has_changed() and self.changes() is None else []
 
     @torch.no_grad()
     def go_back(self, changes: Any) -> None:
@@ -211,6 +206,13 @@ def _is_same(before: Any, now: Any) -> bool:
     if before is now:
         return True
     return type(before) is type(now) and type(now) in _NUMBERS and bool(before == now)
+
+
+def _encoded_or_none(value: Any) -> Any:
+    try:
+        return encoded(value)
+    except UnsavableError:
+        return None
 
 
 def _encoded_pair(pair: tuple[Any, Any]) -> list[Any] | None:
