@@ -1,4 +1,4 @@
-"""Files that come from outside: ordinary ones only, opened without waiting, read to a bound.
+"""Files at paths from outside: ordinary ones only, opened without waiting, read to a bound.
 
 A pipe in place of a file may never end, a device may have no end, and opening either can wait for
 ever. What a name leads to is therefore looked at on the descriptor that is then read.
@@ -77,6 +77,53 @@ def read_file(path: AnyPath, limit: int | None = None, *, links: bool = True) ->
         if size > most:
             raise ValueError(f"{os.fspath(path)}: at most {most} bytes are read; got {size}")
         return file.read(size)
+
+
+def require_own(path: Path) -> None:
+    """Checks that a name is free, or that of a file or a directory itself, before something is
+    read, written or deleted there.
+
+    Raises:
+        OSError: it is a symbolic link, a pipe, a device or a socket.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # whoever opens it says why
+    if stat.S_ISLNK(mode):
+        raise OSError(
+            f"{path} must not be a link, as what is written or deleted there would be elsewhere; "
+            f"got one to {os.readlink(path)}. Remove the link, or put its target in its place"
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(f"{path} must be a file or a directory; got {kind_of(mode)}. Remove it")
+
+
+def open_in_place(path: Path, flags: int = 0) -> int:
+    """Opens a file for reading and writing where it lies, and makes it if it is missing.
+
+    Args:
+        path: the file.
+        flags: further ones of ``os.open``.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        OSError: it is a link or no regular file, or has another name elsewhere.
+    """
+    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        handle = os.open(path, flags, 0o644)
+    except OSError:
+        require_own(path)
+        raise
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+        return handle
+    os.close(handle)
+    found = "a hard link" if stat.S_ISREG(status.st_mode) else kind_of(status.st_mode)
+    raise OSError(f"{path} must be a file of one name; got {found}. Put a copy in its place")
 
 
 def memory_size() -> int:

@@ -1,6 +1,7 @@
 """Rows of CSV and JSONL files: a bad one is named by its line and reason, never by its content."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -75,6 +76,20 @@ def test_a_bad_csv_row_stops_with_file_line_and_reason(tmp_path, reason):
     with pytest.raises(ValueError) as caught:
         read_csv(path, ("question", "answer"))
     assert str(caught.value) == f"{path}:3: {reason}"
+
+
+@pytest.mark.parametrize("kind", ["a link", "a hard link", "a pipe"])
+def test_quarantine_writes_to_a_file_of_its_own_only(tmp_path, kind):
+    path = write(tmp_path, "rows.jsonl", b"{}")
+    mine, kept = tmp_path / "mine", tmp_path / "bad_rows.jsonl"
+    mine.write_text("mine")
+    if kind == "a pipe":
+        os.mkfifo(kept)
+    else:
+        os.symlink(mine, kept) if kind == "a link" else os.link(mine, kept)
+    with pytest.raises(OSError, match=f"bad_rows.jsonl must .*{kind}"):
+        read_jsonl(path, FIELDS, on_bad="quarantine", bad_rows=kept, max_bad_fraction=1)
+    assert mine.read_text() == "mine"
 
 
 def test_quarantine_keeps_all_bad_rows_with_reasons(tmp_path):

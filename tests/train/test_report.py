@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -211,6 +212,15 @@ def test_a_link_is_none_of_the_run(run, tmp_path, name):
     (run / name).symlink_to(target)
     with pytest.raises(ValueError, match="must be a regular file; got a link"):
         read_run(run)
+
+
+@pytest.mark.parametrize("name", [".lock", "config.json", "run.json", "events.jsonl"])
+def test_a_pipe_in_a_run_is_refused_at_once(run, name):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(ValueError, match=re.escape(name) + ".*; got a pipe") as caught:
+        read_run(run)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_run_is_refused(tmp_path):

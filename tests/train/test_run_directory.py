@@ -218,11 +218,22 @@ def test_a_file_of_two_names_is_refused(tmp_path, name):
     assert (tmp_path / "mine").read_text() == "1 host\n"
 
 
-def test_a_pipe_is_refused_at_once(tmp_path):
-    os.mkfifo(tmp_path / "metrics.jsonl")
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "events.jsonl", "ckpt"])
+def test_a_pipe_is_refused_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match=f"/{name} must be a file or a directory; got a pipe"):
+        RunDirectory(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("read", ["append", "truncate", "read", "said"])
+def test_a_pipe_that_comes_later_is_refused_too(tmp_path, read):
+    name = "run.json" if read == "said" else "metrics.jsonl"
+    arguments = {"append": (name, {"step": 1}), "truncate": (name, 1), "read": (name,), "said": ()}
     with RunDirectory(tmp_path) as run:
-        with pytest.raises(OSError, match="must be a file of one name; got a pipe"):
-            run.append("metrics.jsonl", {"step": 1})
+        os.mkfifo(tmp_path / name)
+        with pytest.raises((OSError, ValueError), match=f"/{name}.* got a pipe") as caught:
+            getattr(run, read)(*arguments[read])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pipe_says_nothing_of_a_run(tmp_path):

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from trm_fast._files import require_own
 from trm_fast._json import read_object
 from trm_fast._slow_paths import told_otherwise
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import directory_of, from_json, leaves, replaced, to_json
-from trm_fast.train import Checkpoints, RunDirectory, Summary, Trainer, files
+from trm_fast.train import Checkpoints, RunDirectory, Summary, Trainer
 from trm_fast.train._launch import launched
 from trm_fast.train.run_directory import FILES
 
@@ -53,7 +54,7 @@ def train(
                 )
             directory.require_ours()
             for name in runs:
-                files.refuse_link(out / name)
+                require_own(out / name)
             if overwrite:
                 directory.clear()
             directory.write_json("config.json", to_json(config))

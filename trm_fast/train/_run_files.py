@@ -1,6 +1,7 @@
 """The files of a run as a trainer uses them: none without ``out``, and written by one process."""
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import torch
 
-from trm_fast._json import read_object
+from trm_fast._files import read_file
+from trm_fast._json import load_object
 from trm_fast._version import __version__
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
+from trm_fast.train.checkpoints.reader import CONFIG, MAX_JSON
 from trm_fast.train.distributed import World, device_name
 from trm_fast.train.run import Record, Run
 from trm_fast.train.run_directory import RunDirectory
@@ -139,8 +142,10 @@ class RunFiles:
     def settings_of(self, loaded: Loaded) -> dict[str, Any]:
         """Returns the settings with which a checkpoint was made, as config.json has them; nothing
         if it lacks them."""
-        path = loaded.path / "config.json"
-        return read_object(path) if path.is_file() else {}
+        path = loaded.path / CONFIG
+        if not os.path.lexists(path):
+            return {}
+        return load_object(read_file(path, MAX_JSON, links=False), f"{path}:")
 
     def _require_unsaved(self, directory: RunDirectory) -> None:
         """Refuses to start at the beginning where checkpoints have been."""

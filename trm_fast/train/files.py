@@ -2,7 +2,8 @@
 
 New contents are written under a name of their own and renamed into place, which replaces a link and
 leaves its target alone. What is written in place is opened by ``open_in_place``, and a directory in
-which anything is made or deleted has passed ``refuse_link``.
+which anything is made or deleted has passed ``require_own``; both are in
+``trm_fast/_files.py``.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trm_fast._files import kind_of, read_file
+from trm_fast._files import kind_of, read_file, require_own
 
 # What a crash has left unfinished is told by its name from what others have put there.
 TEMPORARY = ".tmp-trm_fast-"
@@ -47,46 +48,6 @@ def explained(who: str, path: Path) -> Iterator[None]:
 def temporary(directory: Path) -> Path:
     """Returns a name in ``directory`` that nothing has."""
     return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
-
-
-def refuse_link(path: Path) -> None:
-    """Checks that a name does not lead elsewhere, before something is written or deleted there.
-
-    Raises:
-        OSError: it is a symbolic link.
-    """
-    if path.is_symlink():
-        raise OSError(
-            f"{path} must not be a link, as what is written or deleted there would be elsewhere; "
-            f"got one to {os.readlink(path)}. Remove the link, or put its target in its place"
-        )
-
-
-def open_in_place(path: Path, flags: int = 0) -> int:
-    """Opens a file for reading and writing where it lies, and makes it if it is missing.
-
-    Args:
-        path: the file.
-        flags: further ones of ``os.open``.
-
-    Returns:
-        A file descriptor.
-
-    Raises:
-        OSError: it is a link or no regular file, or has another name elsewhere.
-    """
-    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        handle = os.open(path, flags, 0o644)
-    except OSError:
-        refuse_link(path)
-        raise
-    status = os.fstat(handle)
-    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
-        return handle
-    os.close(handle)
-    found = "a hard link" if stat.S_ISREG(status.st_mode) else kind_of(status.st_mode)
-    raise OSError(f"{path} must be a file of one name; got {found}. Put a copy in its place")
 
 
 def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, str]:
@@ -150,7 +111,7 @@ def make_directory(path: Path) -> None:
     Raises:
         OSError: it cannot be made, or a link has its name.
     """
-    refuse_link(path)
+    require_own(path)
     if not path.is_dir():
         os.mkdir(path)
         sync_directory(path.parent)

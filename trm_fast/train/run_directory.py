@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trm_fast._files import open_file
+from trm_fast._files import open_file, open_in_place, read_file, require_own
 from trm_fast._json import check_depth, load_object
 from trm_fast._paths import expanded
 from trm_fast.train import files
@@ -64,8 +64,8 @@ class RunDirectory:
     of one of its files is refused. The directory may be a link.
 
     Raises:
-        OSError: on entering: the directory cannot be made or written, a file of a run is a link, or
-            another trainer has it; one line with the path, and then with its pid and host.
+        OSError: on entering: the directory cannot be made or written, a file of a run is a link or
+            a pipe, or another trainer has it; one line with the path, and then its pid and host.
     """
 
     def __init__(self, out: str | os.PathLike[str], *, files: Collection[str] = ()) -> None:
@@ -81,7 +81,7 @@ class RunDirectory:
             self.lock = self._locked()
             try:
                 for name in (*self.files, *FOLDERS):
-                    files.refuse_link(self.path / name)
+                    require_own(self.path / name)
                 self._hold()
             except BaseException:
                 self._unlock()
@@ -98,7 +98,7 @@ class RunDirectory:
         self._unlock()
 
     def _locked(self) -> int:
-        handle = files.open_in_place(self.path / LOCK)
+        handle = open_in_place(self.path / LOCK)
         found = os.pread(handle, 400, 0)
         holder = _HOLDER.match(found)
         try:
@@ -182,10 +182,20 @@ class RunDirectory:
         )
 
     def said(self) -> dict[str, Any]:
-        """Returns what run.json says, nothing if it is missing or is no JSON."""
+        """Returns what run.json says, nothing if it is missing or is no JSON.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no ordinary file.
+        """
+        path = self.path / "run.json"
+        if not os.path.lexists(path):
+            return {}
+        with files.explained("run directory", path):
+            data = read_file(path, MAX_JSON, links=False)
         try:
-            return load_object(files.read(self.path / "run.json", MAX_JSON), "run.json")
-        except (OSError, ValueError):
+            return load_object(data, "run.json")
+        except ValueError:
             return {}
 
     def require_ours(self) -> None:
@@ -229,7 +239,7 @@ class RunDirectory:
         names = self.said().get("runs", ())
         for name in names if isinstance(names, list) else ():
             if isinstance(name, str) and _RUN.fullmatch(name) and (self.path / name).is_dir():
-                files.refuse_link(self.path / name)
+                require_own(self.path / name)
                 yield RunDirectory(self.path / name, files=self.files[len(FILES) :])
 
     def _delete(self) -> None:
@@ -309,7 +319,7 @@ class RunDirectory:
                 os.close(self.opened.pop(name))
             if not path.exists():
                 return 0
-            files.refuse_link(path)
+            require_own(path)
             beyond = [(_beyond(record, step), line) for line, record in _records(path)]
             kept = [line for is_beyond, line in beyond if not is_beyond][:most]
             files.replace(path, b"".join(kept))
@@ -332,7 +342,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    with open_file(path) as file:
+    with open_file(path, links=False) as file:
         for number, line in enumerate(file, 1):
             # What follows the last line feed was torn, or is nothing.
             if line.endswith(b"\n"):
@@ -346,7 +356,7 @@ def _beyond(record: Mapping[str, Any], step: int) -> bool:
 
 def _opened(path: Path) -> int:
     """Opens a JSONL file for adding, behind its last whole line."""
-    handle = files.open_in_place(path, os.O_APPEND)
+    handle = open_in_place(path, os.O_APPEND)
     end = os.fstat(handle).st_size
     while end and os.pread(handle, 1, end - 1) != b"\n":
         start = max(0, end - (1 << 16))

@@ -189,6 +189,18 @@ def test_the_report_is_made_again_from_the_files(tmp_path):
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.png"])
+def test_the_report_is_a_file_of_its_own(tmp_path, name):
+    plan = plan_of(tmp_path / "runs")
+    plan.out.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    bench._write(plan.path(PLAIN, 0), outcome(plan, PLAIN, 0, 300))
+    write_report(plan, tmp_path / "report.md")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / name).is_symlink()
+
+
 def test_the_figure_is_a_png_of_readable_size_with_a_panel_per_family(tmp_path):
     sizes = []
     for rows in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from io import BufferedReader
 from os import PathLike, fspath
 from typing import Any, Literal, NamedTuple, TextIO
 
-from trm_fast._files import open_file
+from trm_fast._files import open_file, open_in_place
 from trm_fast._json import load_object
 from trm_fast._paths import expanded
 
@@ -110,7 +111,8 @@ class RowGuard(AbstractContextManager["RowGuard"]):
         if self._path is None:
             raise ValueError(f"{self.name}:{line}: {reason}")
         if self._file is None:
-            self._file = open(expanded(self._path), "a", encoding="utf-8")
+            handle = open_in_place(expanded(self._path), os.O_APPEND)
+            self._file = open(handle, "a", encoding="utf-8")
         text = raw[:_KEPT_BYTES].decode("utf-8", "backslashreplace")
         entry = {"file": self.name, "line": line, "reason": reason, "row": text}
         self._file.write(json.dumps(entry) + "\n")

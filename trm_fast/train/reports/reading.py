@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from trm_fast._files import open_file
 from trm_fast._json import load_object
 from trm_fast._paths import expanded
 from trm_fast.train import files
@@ -24,6 +25,7 @@ FILES = ("report.html", "curves.png")
 State = Literal["running", "finished", "interrupted", "stopped", "unfinished", "empty"]
 Record = dict[str, Any]
 
+_MAX_LOCK = 400
 _NOT_METRICS = ("kind", "step", "seconds", "count", "lr", "steps_per_second")
 # Metrics by which a run is judged if its settings name none, best first.
 _SHARES = ("exact_accuracy", "validation_accuracy", "accuracy")
@@ -229,7 +231,7 @@ def _records(path: Path, notes: list[str]) -> list[Record]:
         return []
     files.file_size(path)  # a link or a pipe is none of the run
     records = read_records(path)
-    with path.open("rb") as file:
+    with open_file(path, links=False) as file:
         if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
             notes.append(f"{path.name}: its last line is torn and left out")
     return records
@@ -294,10 +296,11 @@ def _is_locked(path: Path) -> bool:
     """Returns whether the trainer that the lock file names holds it, without trying to take it: a
     trainer that starts just then would find it taken."""
     try:
-        pid = files.read(path, 4096).decode().split()[0]
-        inode = path.stat().st_ino
+        with open_file(path, links=False) as file:
+            inode = os.fstat(file.fileno()).st_ino
+            pid = file.read(_MAX_LOCK).decode("ascii", "replace").split()[0]
         lines = Path("/proc/locks").read_text().splitlines()
-    except (OSError, ValueError, IndexError):
+    except (OSError, IndexError):
         return False
     held = [line.split() for line in lines]
     # 1: FLOCK ADVISORY WRITE pid major:minor:inode start end

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from trm_fast._files import open_in_place
 from trm_fast._json import read_object
 from trm_fast._version import __version__
 from trm_fast.recipes.grokking.bench.plan import ROWS
@@ -235,7 +236,7 @@ def _work(plan: Plan, threads: int) -> None:
 def _claim(path: Path) -> Iterator[bool]:
     """Says whether this process alone may write ``path``. The claim of a process ends with it."""
     lock = path.with_suffix(".lock")
-    with lock.open("a") as file:
+    with open(open_in_place(lock), "r+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,6 @@
 """The report of the grokking benchmark: Markdown tables and a figure of what is finished."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from trm_fast.recipes.grokking.bench.plan import FAMILIES, PLAIN, ROWS, VARIANTS, Row
 from trm_fast.recipes.grokking.bench.runs import Outcome, Plan, Timing
+from trm_fast.train import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +41,8 @@ def write_report(plan: Plan, path: Path) -> None:
     picture = path.with_suffix(".png")
     if outcomes:
         draw_curves(plan, outcomes, picture)
-    path.write_text(report(plan, outcomes, plan.timing(), picture.name if outcomes else ""))
+    text = report(plan, outcomes, plan.timing(), picture.name if outcomes else "")
+    files.replace(path, text.encode())
 
 
 def report(plan: Plan, outcomes: Outcomes, timing: Timing | None, picture: str) -> str:
@@ -249,7 +252,9 @@ def draw_curves(plan: Plan, outcomes: Outcomes, path: Path) -> None:
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    files.replace(path, drawn.getvalue())
 
 
 def _draw_panel(panel: "Axes", plan: Plan, family: str, outcomes: Outcomes) -> None:
