@@ -296,6 +296,48 @@ def test_a_linked_checkpoint_is_not_deleted(tmp_path):
     assert other.load().step == 1 and below(run) == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "mine.safetensors", "plots/a.png"])
+def test_what_a_user_has_put_into_a_checkpoint_stays_and_is_said_once(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.save(1, state_at(1))
+    (first / name).parent.mkdir(exist_ok=True)
+    (first / name).write_text("mine")
+    said = [f"{first} has other files, which stay: {name.partition('/')[0]}"]
+    lines = []
+    for step in (2, 3, 4, 5):
+        checkpoints.save(step, state_at(step))
+        lines += checkpoints.left
+    assert lines == said
+    assert (first / name).read_text() == "mine" and below(first)[-1] == name
+    assert not [path for path in first.iterdir() if path.name in ("state.json", "MANIFEST.json")]
+    assert [info.step for info in checkpoints.list()] == [4, 5]
+    last = checkpoints.list()[-1].path
+    (last / "mine.txt").write_text("mine")
+    with RunDirectory(tmp_path) as run:
+        assert run.clear() == [f"{last} has other files, which stay: mine.txt"]
+        assert run.existing() == [] and run.clear() == []
+    assert (first / name).exists() and below(last) == ["mine.txt"]
+
+
+def test_what_a_crash_has_left_of_a_pruning_is_deleted_without_the_files_of_others(tmp_path):
+    path = Checkpoints(tmp_path).save(1, state_at(1))
+    (path / "notes.txt").write_text("mine")
+    unfinished = path.rename(files.temporary(path.parent))
+    with RunDirectory(tmp_path) as run:
+        run.remove_unfinished()
+    assert below(unfinished) == ["notes.txt"]
+
+
+def test_a_directory_in_the_place_of_a_file_is_not_deleted(tmp_path):
+    with RunDirectory(tmp_path) as run:
+        run.append("metrics.jsonl", {"step": 1})
+        (tmp_path / "summary.json").mkdir()
+        (tmp_path / "summary.json" / "mine").write_text("mine")
+        with pytest.raises(OSError, match=r"summary\.json cannot be deleted"):
+            run.clear()
+    assert (tmp_path / "summary.json" / "mine").exists()
+
+
 def test_files_of_something_else_are_not_taken_for_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": []}')
     for _ in range(2):  # an attempt leaves no mark

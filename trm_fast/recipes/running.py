@@ -56,7 +56,8 @@ def train(
             for name in runs:
                 require_own(out / name)
             if overwrite:
-                directory.clear()
+                for left in directory.clear():
+                    print(left)
             directory.write_json("config.json", to_json(config))
             said = {"name": recipe.name, "trm_fast": __version__, "runs": [*runs]}
             directory.write_json("run.json", said)

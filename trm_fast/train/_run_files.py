@@ -12,8 +12,8 @@ import torch
 from trm_fast._files import read_file
 from trm_fast._json import load_object
 from trm_fast._version import __version__
+from trm_fast.train.checkpoint_files import CONFIG, MAX_JSON
 from trm_fast.train.checkpoints.checkpoints import Checkpoints, Loaded, size_of
-from trm_fast.train.checkpoints.reader import CONFIG, MAX_JSON
 from trm_fast.train.distributed import World, device_name
 from trm_fast.train.run import Record, Run
 from trm_fast.train.run_directory import RunDirectory
@@ -93,7 +93,7 @@ class RunFiles:
             if reason is not None:
                 raise refused or ValueError(reason)
 
-    def begin(self, settings: Any, said: Mapping[str, Any]) -> None:
+    def begin(self, settings: Any, said: Mapping[str, Any]) -> list[str]:
         """Deletes the run that is overwritten and what a crash has left, and writes what the run
         is. It comes after all checks.
 
@@ -101,20 +101,23 @@ class RunFiles:
             settings: for config.json.
             said: for run.json.
 
+        Returns:
+            What ``RunDirectory.clear`` has left.
+
         Raises:
             OSError: a file cannot be deleted or written.
         """
         if self._directory is None:
-            return
+            return []
         assert self.checkpoints is not None
-        if self._overwrites:
-            self._directory.clear()
+        left = self._directory.clear() if self._overwrites else []
         self._directory.remove_unfinished()
         # The settings come first: what has them can be resumed.
         self._directory.write_json("config.json", settings)
         self._said = {**said, **({} if self.checkpoints.list() else _UNSAVED)}
         self._directory.write_json("run.json", self._said)
         self._directory.write_json("summary.json", {})  # until the run ends
+        return left
 
     def save(self, step: int, state: Mapping[str, Any], **options: Any) -> Path:
         """Saves a checkpoint as ``Checkpoints.save``; there must be an ``out``."""

@@ -63,6 +63,8 @@ class Saving:
                 infinite=own_buffers(run),
             )
             self._last = now, path
+            for left in checkpoints.left:
+                run.event("left", left)
             for callback in run.callbacks:
                 callback.on_save(run, path)
         else:

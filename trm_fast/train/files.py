@@ -86,12 +86,12 @@ def write_all(handle: int, block: bytes | bytearray | memoryview) -> None:
 
 def replace(path: Path, data: bytes) -> None:
     """Gives a file new contents: after a crash it has the old ones or all of the new ones."""
-    unfinished = temporary(path.parent)
+    beside = temporary(path.parent)
     try:
-        write_new(unfinished, [data])
-        os.replace(unfinished, path)
+        write_new(beside, [data])
+        os.replace(beside, path)
     except BaseException:
-        remove(unfinished)
+        unlink(beside)
         raise
     sync_directory(path.parent)
 
@@ -120,26 +120,33 @@ def make_directory(path: Path) -> None:
 def remove(path: Path) -> None:
     """Deletes a file, a link or a directory with what is in it; what cannot go stays."""
     if path.is_symlink() or not path.is_dir():
-        _unlink(path)
+        unlink(path)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _unlink(path: Path) -> None:
+def unlink(path: Path) -> None:
+    """Deletes a file or a link; what cannot go, a directory among them, stays."""
     try:
         os.unlink(path)
     except OSError:
         pass
 
 
-def remove_unfinished(directory: Path) -> list[str]:
-    """Deletes what a crash of ours left in ``directory`` and returns the names."""
+def renamed_back(path: Path, name: Path) -> Path:
+    """Gives something its name again, and returns where it is then."""
+    try:
+        os.rename(path, name)
+    except OSError:
+        return path
+    return name
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """Returns what a crash of ours left in ``directory``."""
     if not directory.is_dir():
         return []
-    names = sorted(name for name in os.listdir(directory) if _UNFINISHED.fullmatch(name))
-    for name in names:
-        remove(directory / name)
-    return names
+    return sorted(directory / name for name in os.listdir(directory) if _UNFINISHED.fullmatch(name))
 
 
 def file_size(path: Path) -> int:

@@ -28,16 +28,16 @@ from trm_fast._files import open_file, open_in_place, read_file, require_own
 from trm_fast._json import check_depth, load_object
 from trm_fast._paths import expanded
 from trm_fast.train import files
+from trm_fast.train.checkpoint_files import MANIFEST, names_in, remains, remove_checkpoint
 
 LOCK = ".lock"
 FILES = ("config.json", "metrics.jsonl", "events.jsonl", "summary.json")
 MAX_JSON = 16 << 20  # bytes of each of its files of JSON
-MANIFEST = "MANIFEST.json"  # in each checkpoint
 FOLDERS = ("ckpt", "tensorboard", "wandb")
 _HOLDER = re.compile(rb"(\d+) (\S+)\n")
 _MARK = b"holds a run of trm_fast\n"
 _RUN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # the directory of one of several runs
-_CHECKPOINT = re.compile(r"step-\d{8,18}(?:-\d{1,9})?|LATEST|BEST")
+_POINTERS = ("LATEST", "BEST")  # in ckpt, beside the checkpoints
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 # A forked worker that outlives its killed trainer must not keep the run locked.
@@ -214,12 +214,17 @@ class RunDirectory:
     def remove_unfinished(self) -> None:
         """Deletes what a crash of a run left unfinished here."""
         with files.explained("run directory", self.path):
-            files.remove_unfinished(self.path)
-            files.remove_unfinished(self.path / "ckpt")
+            for path in files.unfinished(self.path):
+                files.unlink(path)
+            for path in files.unfinished(self.path / "ckpt"):
+                remove_checkpoint(path)
 
-    def clear(self) -> None:
+    def clear(self) -> list[str]:
         """Deletes what an earlier run left here, and the runs below that it lists if it stands for
         several, and nothing else.
+
+        Returns:
+            For each checkpoint in which somebody else has put something, which stays, one line.
 
         Raises:
             OSError: what is here is not of a run, a directory of a run is a link, a trainer is at
@@ -231,8 +236,8 @@ class RunDirectory:
             runs = [stack.enter_context(run) for run in self._runs()]
             for run in runs:
                 run.require_ours()
-            for run in (*runs, self):
-                run._delete()
+            left = [line for run in (*runs, self) for line in run._delete()]
+        return left
 
     def _runs(self) -> Iterator["RunDirectory"]:
         """Yields the directories of the runs that run.json lists."""
@@ -242,28 +247,28 @@ class RunDirectory:
                 require_own(self.path / name)
                 yield RunDirectory(self.path / name, files=self.files[len(FILES) :])
 
-    def _delete(self) -> None:
+    def _delete(self) -> list[str]:
         with files.explained("run directory", self.path):
-            for name in self._checkpoints():
-                files.remove(self.path / "ckpt" / name)
+            found = [self.path / "ckpt" / name for name in self._checkpoints()]
+            kept = [(path, remove_checkpoint(path)) for path in found]
             self.remove_unfinished()
             if (self.path / "ckpt").is_dir() and not os.listdir(self.path / "ckpt"):
                 os.rmdir(self.path / "ckpt")
             # That of the whole goes last: it says which files are those of runs.
             for name in sorted(self.files, key="run.json".__eq__):
-                files.remove(self.path / name)
+                files.unlink(self.path / name)
             files.sync_directory(self.path)
             left = self.existing()
             if left:
                 raise OSError(f"run directory: {self.path / left[0]} cannot be deleted")
             self._marked = False
             self._write_lock()
+        return [remains(path, names) for path, names in kept if names]
 
     def _checkpoints(self) -> list[str]:
         directory = self.path / "ckpt"
-        if not directory.is_dir():
-            return []
-        return [name for name in os.listdir(directory) if _CHECKPOINT.fullmatch(name)]
+        pointers = [name for name in _POINTERS if os.path.lexists(directory / name)]
+        return names_in(directory) + pointers
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file of JSON: after a crash it is as before or complete.

@@ -277,7 +277,8 @@ class Trainer:
             if loaded is not None:
                 self._saving.go_on_from(loaded.path)
             self._saving.require_savable()
-            self.files.begin(self._settings(), describe(self))
+            for left in self.files.begin(self._settings(), describe(self)):
+                self.event("left", left)
             if resume:
                 records = 0 if loaded is None else loaded.state["trainer"]["records"]
                 for event, message in (*told, *drop_later(self, self.files, records)):

@@ -31,13 +31,18 @@ from torch import Tensor
 
 from trm_fast._paths import expanded
 from trm_fast.train import files
-from trm_fast.train.checkpoints.reader import (
+from trm_fast.train.checkpoint_files import (
     CONFIG,
-    FORMAT,
     MANIFEST,
     MAX_JSON,
     STATE,
     STEP,
+    names_in,
+    remains,
+    remove_checkpoint,
+)
+from trm_fast.train.checkpoints.reader import (
+    FORMAT,
     CheckpointInfo,
     Loaded,
     damage_of,
@@ -78,6 +83,10 @@ class Checkpoints:
         keep_last: newest checkpoints that are kept, >= 2, so that one may be damaged.
         keep_best: checkpoints of highest score that are kept too, >= 0; with 0 there is no BEST.
 
+    Attributes:
+        left: of each checkpoint that the last ``save`` has deleted and in which somebody else had
+            put something, which then stays, one line with its name.
+
     Raises:
         ValueError: a number is out of range.
     """
@@ -92,6 +101,7 @@ class Checkpoints:
         self.run = expanded(run_directory)
         self.directory = self.run / "ckpt"
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.left: list[str] = []
 
     def save(
         self,
@@ -177,7 +187,7 @@ class Checkpoints:
             files.write_new(unfinished / MANIFEST, [manifest])
             files.sync_directory(unfinished)
         except BaseException:
-            files.remove(unfinished)
+            remove_checkpoint(unfinished)
             raise
         return unfinished
 
@@ -190,7 +200,7 @@ class Checkpoints:
         try:
             os.rename(unfinished, path)
         except BaseException:
-            files.remove(unfinished)
+            remove_checkpoint(unfinished)
             raise
         files.sync_directory(self.directory)
         return path
@@ -199,7 +209,9 @@ class Checkpoints:
         files.replace(self.directory / pointer, f"{path.name}\n".encode())
 
     def _prune(self, latest: CheckpointInfo, infos: Infos, best: Infos) -> None:
-        """Deletes what is neither among the last nor among the best; what is damaged stays."""
+        """Deletes what is neither among the last nor among the best; what is damaged stays, and so
+        does what somebody else has put into one, under its name."""
+        self.left = []
         complete = [info for info in infos if info.damage is None]
         # What lies beyond the latest step was left behind by a run that was taken up before it.
         complete.sort(key=lambda info: (info.step <= latest.step, info.serial), reverse=True)
@@ -218,15 +230,15 @@ class Checkpoints:
             message = f"checkpoint: old ones in {self.directory} are not deleted: {error.strerror}"
             warnings.warn(message, stacklevel=3)
             return
-        for unfinished in renamed:
-            files.remove(unfinished)
+        for path, unfinished in zip(gone, renamed, strict=True):
+            left = remove_checkpoint(unfinished)
+            if left:
+                self.left.append(remains(files.renamed_back(unfinished, path), left))
 
     def list(self) -> Infos:
         """Returns all checkpoints, in the order of their saving, without reading tensors."""
         with files.explained("checkpoint", self.directory):
-            if not self.directory.is_dir():
-                return []
-            names = [name for name in os.listdir(self.directory) if STEP.fullmatch(name)]
+            names = names_in(self.directory)
         found = [info_of(self.directory / name) for name in names]
         return sorted(found, key=lambda info: (info.serial, info.step, info.path.name))
 

@@ -13,15 +13,10 @@ from torch import Tensor
 
 from trm_fast._paths import expanded
 from trm_fast.train import files
+from trm_fast.train.checkpoint_files import CONFIG, FILE, MANIFEST, MAX_JSON, STATE, STEP
 from trm_fast.train.checkpoints.state import dumps, from_safetensors, loads, unflatten
 
 FORMAT = 1
-MANIFEST, STATE, CONFIG = "MANIFEST.json", "state.json", "config.json"
-# In memory it is up to 35 times as large; larger things belong into tensors.
-MAX_JSON = 16 << 20
-STEP = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
-
-_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,63}\.safetensors|state\.json|config\.json)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -157,7 +152,7 @@ def _manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _entry(name: str, entry: Any) -> tuple[int, str]:
-    if not _FILE.fullmatch(name):
+    if not FILE.fullmatch(name):
         raise ValueError(f"{MANIFEST} must list plain names of ours; got {name!r:.80}")
     if not (isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int):
         raise ValueError(f"{MANIFEST} must give bytes and sha256 of {name}")
