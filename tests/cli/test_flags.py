@@ -1,5 +1,6 @@
 """What a person writes and reads: lists, flags in errors, suggestions."""
 
+import re
 import subprocess
 import sys
 
@@ -28,6 +29,62 @@ def test_a_list_may_be_written_as_it_is_shown(value, joined):
     words = [f"{name}={value}"] if joined else [name, value]
     assert read_options(load("sudoku"), words).config.data.clues == (8, 12)
     assert changed("eval", SUDOKU, [f"data.clues={value}"]).data.clues == (8, 12)
+
+
+NOT_DECIMAL = ["0500", "1_000", "1:30", "0x10", "0o17", "0b11", "-010", "٣", "00.5", "1_0.5"]
+
+
+@pytest.mark.parametrize("value", NOT_DECIMAL)
+@pytest.mark.parametrize("name", ["train.steps", "optimizer.lr", "data.clues"])
+@pytest.mark.parametrize("way", ["flag", "joined", "set", "file", "changed"])
+def test_numbers_that_are_not_decimal_are_refused(value, name, way, tmp_path):
+    shown = f"[8, {value}]" if name == "data.clues" else value
+    words = {
+        "flag": [f"--{name}", shown],
+        "joined": [f"--{name}={shown}"],
+        "set": ["--set", f"{name}={shown}"],
+        "file": ["--config", str(tmp_path / "my.yaml")],
+    }
+    group, _, last = name.partition(".")
+    (tmp_path / "my.yaml").write_text(f"{group}:\n  {last}: {shown}\n")
+    message = f"{name} must be a decimal number, such as 500 or 1e-3; got {value}. "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        if way == "changed":
+            changed("eval", SUDOKU, [f"{name}={shown}"])
+        else:
+            read_options(load("sudoku"), words[way])
+
+
+@pytest.mark.parametrize("value", ["'5'", '"5"'])
+def test_a_number_in_quotes_is_refused(value, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"train: {{steps: {value}}}\n")
+    for words in (["--config", str(file)], ["--train.steps", value]):
+        with pytest.raises(ValueError, match=r"train\.steps must be a number; got the text '5'"):
+            read_options(load("sudoku"), words)
+
+
+@pytest.mark.parametrize("value", ["1e-4", "1E-4", "1.0e-4", "1e+4", ".5", "5.", "0.5", "+3", "0"])
+def test_decimal_numbers_are_read_as_they_are(value, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"optimizer: {{lr: {value}}}\n")
+    for words in (["--config", str(file)], [f"--optimizer.lr={value}"]):
+        assert read_options(load("sudoku"), words).config.optimizer.lr == float(value)
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "on", "off", "0500", "1_000", "1:30", "2001-01-01"])
+def test_text_stays_text(value, tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(f"train: {{monitor: {value}}}\n")
+    for words in (["--config", str(file)], ["--train.monitor", value]):
+        assert read_options(load("sudoku"), words).config.train.monitor == value
+
+
+def test_a_tag_makes_no_other_value_of_a_text(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("train: {steps: !!int '0500'}\n")
+    with pytest.raises(ValueError, match="must have no tags; got tag:yaml"):
+        read_options(load("sudoku"), ["--config", str(file)])
 
 
 def test_other_settings_are_left_as_they_are():

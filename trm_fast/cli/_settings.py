@@ -13,6 +13,7 @@ from trm_fast._paths import expanded
 from trm_fast.cli import suggest
 from trm_fast.cli._flags import with_lists
 from trm_fast.cli._settings_file import check_file, check_yaml
+from trm_fast.cli._settings_numbers import check_flags, read_yaml
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import from_json, leaves, replaced
 from trm_fast.train.run_directory import FILES
@@ -49,6 +50,7 @@ def read_options(recipe: Recipe[Any], argv: list[str]) -> Options:
     who = f"train {recipe.name}"
     argv = list(with_lists(_without_set(who, argv), _lists(recipe.default)))
     presets = recipe.presets
+    check_flags(who, argv, _kinds(recipe.default))
     first = _flags(who, recipe.default, presets, argv)
     if first.resume and first.overwrite:
         raise ValueError(f"{who}: give one of --resume and --overwrite; got both")
@@ -89,14 +91,19 @@ def changed(who: str, config: Any, words: Iterable[str]) -> Any:
             raise ValueError(f"{who}: --set must be followed by NAME=VALUE; got {word!r}")
         if name not in known:
             raise ValueError(f"{who}: unknown setting {name!r}{suggest(name, known)}")
-    flags = with_lists((f"--{word}" for word in given), _lists(config))
-    values = _parser(who, config, {}).parse_args(list(flags))
+    flags = list(with_lists((f"--{word}" for word in given), _lists(config)))
+    check_flags(who, flags, _kinds(config))
+    values = _parser(who, config, {}).parse_args(flags)
     return replaced(config, _leaves_of(who, config, values))
 
 
 def _lists(config: Any) -> set[str]:
     """Returns the names of the settings that have several values."""
-    return {name for name, _, kind, _ in _fields(config) if "tuple" in str(kind)}
+    return {name for name, kind in _kinds(config).items() if "tuple" in str(kind)}
+
+
+def _kinds(config: Any) -> dict[str, Any]:
+    return {name: kind for name, _, kind, _ in _fields(config)}
 
 
 def _leaves_of(who: str, config: Any, values: Any) -> dict[str, Any]:
@@ -190,9 +197,7 @@ def _check_resumed(who: str, recipe: Recipe[Any], run: Any, now: Any) -> None:
 
 
 def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
-    from jsonargparse import ArgumentParser, get_loader, set_loader
-
-    read_yaml = get_loader("yaml")
+    from jsonargparse import ArgumentParser, set_loader
 
     def read_checked(text: str) -> Any:
         check_yaml(text, f"{who}: settings")
@@ -202,14 +207,14 @@ def _parser(who: str, config: Any, presets: Mapping[str, Any]) -> Any:
 
     # Of files and of every value on the command line, which are YAML too.
     set_loader(_CHECKED, read_checked, _yaml_errors())
-    names = [name for name, _ in leaves(config)]
+    kinds = _kinds(config)
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ValueError(f"{who}: {_plain(message, names)}") from ex
+            raise ValueError(f"{who}: {_plain(message, [*kinds])}") from ex
 
         def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Any:
-            check_file(content, f"{who}: {path or '--config'}:", names)
+            check_file(content, f"{who}: {path or '--config'}:", kinds)
             return super().parse_string(content, path, *args, **kwargs)
 
     summary = (inspect.getdoc(type(config)) or "").partition("\n")[0]

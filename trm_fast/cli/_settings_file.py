@@ -1,11 +1,12 @@
 """Checks a file of settings before values are made of it: what it holds, what it may ask for."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from trm_fast._json import check_depth
 from trm_fast.cli import suggest
+from trm_fast.cli._settings_numbers import check_number, is_numeric
 
 # Flags that decide what happens to a run; a file that somebody else may have written does not.
 FLAGS = ("overwrite", "resume", "dry_run", "dry-run", "config", "set")
@@ -14,13 +15,14 @@ MAX_CHARACTERS = 1 << 16
 _ALSO = ("preset",)  # what a file may hold beside settings
 
 
-def check_file(text: str, subject: str, settings: Collection[str]) -> None:
-    """Checks that YAML or JSON has settings only, each once, and sections that hold some.
+def check_file(text: str, subject: str, settings: Mapping[str, Any]) -> None:
+    """Checks that YAML or JSON has settings only, each once, sections that hold some, and decimal
+    numbers.
 
     Args:
         text: contents of the file.
         subject: begins the messages, as "train sudoku: my.yaml:".
-        settings: the dotted names of all settings.
+        settings: the types of all settings by their dotted names.
 
     Raises:
         ValueError: it does not, is no YAML, is nested too deeply, or has aliases, which nest
@@ -41,7 +43,8 @@ def check_yaml(text: str, subject: str) -> None:
 
     Raises:
         ValueError: it is longer than ``MAX_CHARACTERS``, no YAML of one document, nested too
-            deeply, or has aliases, which nest without brackets.
+            deeply, or has aliases, which nest without brackets, or tags, by which a text becomes
+            something else.
     """
     import yaml
 
@@ -52,6 +55,9 @@ def check_yaml(text: str, subject: str) -> None:
     depth = documents = 0
     with _one_line(subject):
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            tag = getattr(event, "tag", None)
+            if tag is not None:
+                raise ValueError(f"{subject} must have no tags; got {tag}")
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{subject} must have no aliases; got *{event.anchor}")
             documents += isinstance(event, yaml.DocumentStartEvent)
@@ -84,7 +90,7 @@ def _one_line(subject: str) -> Iterator[None]:
 
 
 def _check_section(
-    section: Any, prefix: str, subject: str, settings: Collection[str], seen: set[str]
+    section: Any, prefix: str, subject: str, settings: Mapping[str, Any], seen: set[str]
 ) -> None:
     for key, value in section.value:
         line = key.start_mark.line + 1
@@ -107,7 +113,18 @@ def _check_section(
         if inner:
             _check_is_section(value, name, subject)
             _check_section(value, f"{name}.", subject, settings, seen)
+        elif is_numeric(settings.get(name)):
+            _check_numbers(value, f"{subject} {name}")
         seen.add(name)
+
+
+def _check_numbers(node: Any, subject: str) -> None:
+    if isinstance(node.value, str):
+        check_number(node.value, bool(node.style), subject)
+        return
+    for item in node.value if isinstance(node.value, list) else ():
+        if not isinstance(item, tuple):  # of a mapping, which the parser of values refuses
+            _check_numbers(item, subject)
 
 
 def _check_is_section(value: Any, name: str, subject: str) -> None:
