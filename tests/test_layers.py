@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     (
         *("_version", "_errors", "_files", "_json", "_lazy", "_native", "_paths", "_pt", "_data"),
-        *("_compiler", "_autograd", "_slow_paths", "_dispatch"),
+        *("_fields", "_compiler", "_autograd", "_slow_paths", "_dispatch"),
     ),
     ("kernels",),
     ("ops",),

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from trm_fast._fields import check_fields
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -43,6 +45,7 @@ class TRMConfig:
 
     Raises:
         ValueError: a setting is out of range.
+        TypeError: a setting is of another type.
     """
 
     vocab_size: int
@@ -66,6 +69,7 @@ class TRMConfig:
     no_ACT_continue: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         whole = ("vocab_size", "seq_len", "num_puzzle_identifiers", "H_cycles", "L_cycles")
         for name in (*whole, "L_layers", "hidden_size", "num_heads", "halt_max_steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")

@@ -99,7 +99,7 @@ class AdaptiveOptimizer(Optimizer):
             "filter": "none" if filter is None else filter,
             "lamb": group["lamb"] if filter is not None else 0.0,
             "warmup": _checked_flag(f"{name}: warmup", group["warmup"]),
-            "maximize": group["maximize"],
+            "maximize": _checked_flag(f"{name}: maximize", group["maximize"]),
             "weight_ema": 0.0 if weight_ema is None else weight_ema,
             "owner": name,
         }
@@ -382,6 +382,12 @@ def _checked_flag(option: str, value: Any) -> bool:
 
 
 def _check_flags(owner: str, options: Group, backend: str | None) -> None:
+    for name in ("differentiable", "capturable"):
+        _checked_flag(f"{owner}: {name}", options.get(name, False))
+    for name in ("foreach", "fused"):
+        value = options.get(name)
+        if value not in (True, False, None):
+            raise TypeError(f"{owner}: {name} must be True, False or None; got {value!r}")
     if options["fused"] and options["differentiable"]:
         raise RuntimeError("`fused` does not support `differentiable`")
     if options["fused"] and options["foreach"]:

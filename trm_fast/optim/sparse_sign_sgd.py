@@ -7,6 +7,7 @@ uses for puzzle embeddings (SamsungSAILMontreal/TinyRecursiveModels at 2da731c,
 
 from collections.abc import Callable
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class SparseSignSGD(Optimizer):
 
         Raises:
             ValueError: an option is out of range, or a parameter has no rows; no group is added.
+            TypeError: an option is of another type; no group is added.
         """
         super().add_param_group(param_group)
         try:
@@ -208,8 +210,12 @@ def _check_group(group: Group) -> None:
                 raise ValueError(
                     f"SparseSignSGD: {name} must have one element; got shape {tuple(value.shape)}"
                 )
-        elif not (isfinite(value) and value >= 0):
+        elif not isinstance(value, Real):
+            raise TypeError(f"SparseSignSGD: {name} must be a number or a tensor; got {value!r}")
+        elif not (isfinite(value) and float(value) >= 0):
             raise ValueError(f"SparseSignSGD: {name} must be finite and >= 0; got {value}")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"SparseSignSGD: maximize must be True or False; got {group['maximize']!r}")
     for param in group["params"]:
         if param.ndim < 2 or not param.is_floating_point():
             raise ValueError(

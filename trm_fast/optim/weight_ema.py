@@ -50,8 +50,8 @@ class WeightEMA:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.decay = _check_decay(decay)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"WeightEMA: dtype must be a floating point type; got {dtype}")
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+            raise TypeError(f"WeightEMA: dtype must be a floating point type; got {dtype!r}")
         self._named = self._kept = _named(model)
         self._optimizer: torch.optim.Optimizer | None = None
         self._own = {

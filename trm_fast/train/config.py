@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trm_fast._fields import check_fields
 from trm_fast.train.checkpoints.state import plain
 
 Mode = Literal["max", "min"]
@@ -39,6 +40,7 @@ class TrainerConfig:
 
     Raises:
         ValueError: a setting is out of range.
+        TypeError: a setting is of another type.
     """
 
     steps: int = 1000
@@ -59,7 +61,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            object.__setattr__(self, name, plain(value))  # JSON has no numbers of NumPy
+            object.__setattr__(self, name, plain(value))  # JSON has no enumerations
+        check_fields(self)
         least = {"steps": 0, "evaluate_every": 0, "save_every": 0, "keep_last": 2, "seed": 0}
         for name in ("accumulate", "log_every", "max_nonfinite"):
             least[name] = 1

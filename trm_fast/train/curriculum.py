@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from trm_fast._fields import check_fields
 from trm_fast.train._stage_batches import StageBatches
 from trm_fast.train.callbacks import metric
 from trm_fast.train.config import Mode, TrainerConfig
@@ -44,6 +45,7 @@ class Stage:
 
     Raises:
         ValueError: a number is out of range.
+        TypeError: a name or a number is of another type.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Stage:
     evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for what, least in (("steps", 1), ("evaluate_every", 0)):
             value = getattr(self, what)
             if value is not None and value < least:
