@@ -10,12 +10,15 @@ from torch.optim.optimizer import Optimizer
 
 from trm_fast.ops import Settings
 from trm_fast.optim._adaptive import AdaptiveOptimizer
-from trm_fast.optim._closure import check_closure, evaluate
+from trm_fast.optim._closure import check_closure, evaluate, step_without
 from trm_fast.optim._plan import FilterPlan, Options, StepSpec
 from trm_fast.optim._states import Group, Keys, State
 from trm_fast.optim.options import FILTER_OPTIONS, FilterOptions, Unpack, with_options
 
 _OPTIONS = ("filter", *FILTER_OPTIONS)
+
+_INSIDE = "GradFilter: the optimizer inside"
+_REMEDY = "Filter in its closure: GradFilter(params).apply_() after backward()"
 
 
 class GradFilter(AdaptiveOptimizer):
@@ -64,8 +67,7 @@ class GradFilter(AdaptiveOptimizer):
     ) -> None:
         self.optimizer = target if isinstance(target, Optimizer) else None
         if self.optimizer is not None:
-            remedy = "Filter in its closure: GradFilter(params).apply_() after backward()"
-            check_closure("GradFilter: the optimizer inside", self.optimizer, remedy)
+            check_closure(_INSIDE, self.optimizer, _REMEDY)
         inside = {} if self.optimizer is None else self.optimizer.defaults
         shared = [name for name in _OPTIONS if name in inside and name != "alpha"]
         if shared:
@@ -211,12 +213,12 @@ class GradFilter(AdaptiveOptimizer):
     def _step_inside(self, optimizer: Optimizer) -> None:
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
-            optimizer.step()
+            step_without(_INSIDE, optimizer, _REMEDY)
             return
         # The gradients it gets are unscaled.
         optimizer.found_inf, optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
         try:
-            optimizer.step()
+            step_without(_INSIDE, optimizer, _REMEDY)
         finally:
             del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 

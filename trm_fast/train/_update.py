@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from trm_fast.optim import WeightEMA
+from trm_fast.optim._closure import step_without
 from trm_fast.train.distributed import World, reduces_gradients
 from trm_fast.train.objective import Metrics, Objective, StepResult
 from trm_fast.train.run import Step
@@ -223,7 +224,7 @@ class Update:
         for optimizer in self.optimizers:
             if found_inf is not None:
                 optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-            optimizer.step()
+            step_without("Trainer: optimizers", optimizer, "One such as AdamW does")
         if self.ema is not None:
             self.ema.update(found_inf)
 
