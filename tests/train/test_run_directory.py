@@ -236,15 +236,6 @@ def test_a_pipe_that_comes_later_is_refused_too(tmp_path, read):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipe_says_nothing_of_a_run(tmp_path):
-    os.mkfifo(tmp_path / "run.json")
-    with RunDirectory(tmp_path) as run:
-        assert run.said() == {} and not run.is_ours
-    os.mkfifo(tmp_path / "events.jsonl")
-    with pytest.raises(ValueError, match=r"events.jsonl: an ordinary file is required; got a pipe"):
-        read_records(tmp_path / "events.jsonl")
-
-
 def test_a_lock_of_something_else_is_refused_and_stays(tmp_path):
     (tmp_path / ".lock").write_text("{}")
     with pytest.raises(OSError, match=r"\.lock must be the lock of a run; got another file"):
