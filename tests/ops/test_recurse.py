@@ -205,7 +205,8 @@ def kept_tensors(recompute: bool, n: int, T: int, grad_cycles: int) -> int:
     kept = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        if tensor.numel():  # older versions of torch's checkpoint keep an empty one
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,15 +1,15 @@
 """What a fused call would pass over in the modules that it stands for: hooks and other code."""
 
+from itertools import chain
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 # Hooks of every module of the process.
-_GLOBAL = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
+_FORWARD = torch_module._global_forward_hooks
+_BEFORE = torch_module._global_forward_pre_hooks
+_BACKWARD = torch_module._global_backward_hooks
+_BEFORE_BACKWARD = torch_module._global_backward_pre_hooks
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -20,8 +20,16 @@ def is_hooked(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or any(_GLOBAL)
+        # Written out, as this is asked of every module of a network in every call.
+        or ((_FORWARD or _BEFORE or _BACKWARD or _BEFORE_BACKWARD) and _has_global_hooks())
     )
+
+
+def _has_global_hooks() -> bool:
+    """Returns whether there are hooks but for torch's own, such as its counter of FLOPs sets, which
+    only note the names of modules."""
+    hooks = chain(*(each.values() for each in (_FORWARD, _BEFORE, _BACKWARD, _BEFORE_BACKWARD)))
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
 def overrides(module: nn.Module, base: type[nn.Module], *names: str) -> str | None:
