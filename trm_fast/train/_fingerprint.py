@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from trm_fast.train.batches import Batches, EpochBatches
 
 MOST = 64 << 20  # bytes of one array that are read, in pages spread over all of it: some 50 ms
 _PAGE = 1 << 12
-_ITEMS = 10_000  # of a list
+_ITEMS = 10_000  # about as many of a longer list, spread over all of it
 
 
 def fingerprint(source: Any) -> str | None:
@@ -24,20 +26,22 @@ def fingerprint(source: Any) -> str | None:
 
     Returns:
         16 hexadecimal digits; None if any of it is something else, such as a file that is read
-        example by example, or a function.
+        example by example, a function, or a tensor that is not plain memory, as a sparse one.
     """
     digest = hashlib.sha256()
-    return digest.hexdigest()[:16] if _add(digest, source) else None
+    try:
+        return digest.hexdigest()[:16] if _add(digest, source) else None
+    except Exception:
+        # Data of others may raise anything when they are looked into; no run may end by that.
+        return None
 
 
 def _add(digest: Any, value: Any) -> bool:
     if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        # NumPy has no bfloat16.
-        value = value.float().numpy() if value.is_floating_point() else value.numpy()
+        return _add_tensor(digest, value)
     if isinstance(value, np.ndarray):
         return _add_array(digest, value)
-    if value is None or isinstance(value, (bool, int, float, str, bytes, np.generic)):
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
         digest.update(f"{type(value).__name__} {value!r};".encode())
         return True
     inner = _inner(value)
@@ -70,15 +74,35 @@ def _inner(value: Any) -> list[Any] | None:
     return None
 
 
+def _add_tensor(digest: Any, tensor: Tensor) -> bool:
+    is_plain = tensor.layout is torch.strided and not (
+        tensor.is_meta
+        or tensor.is_nested
+        or tensor.is_quantized
+        or is_traceable_wrapper_subclass(tensor)
+    )
+    if not is_plain:
+        return False
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
+    # Bytes, as NumPy has not all dtypes.
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    _add_bytes(digest, flat.view(torch.uint8).numpy())
+    return True
+
+
 def _add_array(digest: Any, array: np.ndarray[Any, Any]) -> bool:
-    if array.dtype.hasobject:
+    if array.dtype.hasobject or isinstance(array, np.ma.MaskedArray):
         return False
     digest.update(f"{array.dtype} {array.shape};".encode())
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if array.size and array.dtype.itemsize:
+        _add_bytes(digest, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return True
+
+
+def _add_bytes(digest: Any, flat: np.ndarray[Any, Any]) -> None:
     every = -(-flat.size // MOST)
     if every <= 1:
         digest.update(flat)
-        return True
+        return
     for start in range(0, flat.size, every * _PAGE):
         digest.update(flat[start : start + _PAGE])
-    return True
