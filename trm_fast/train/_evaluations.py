@@ -1,8 +1,8 @@
-"""Evaluations of a run: from none of them a signal or an error loses a step."""
+"""Evaluations of a run, which a signal may leave."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -22,7 +22,6 @@ class Evaluations:
         run: the run.
         save: writes a checkpoint, unless there is one of what is now.
         leaving: returns what lets a signal end the work within it.
-        say: is given one line for the person who waits.
     """
 
     def __init__(
@@ -30,9 +29,8 @@ class Evaluations:
         run: Run,
         save: Callable[[], object],
         leaving: Callable[[], AbstractContextManager[None]],
-        say: Callable[[str], None],
     ) -> None:
-        self.run, self.save, self.leaving, self.say = run, save, leaving, say
+        self.run, self.save, self.leaving = run, save, leaving
 
     def metrics(self, within: AbstractContextManager[None] | None = None) -> dict[str, float]:
         """Returns the metrics of the model with its averaged weights; see ``Trainer.evaluate``.
@@ -51,14 +49,13 @@ class Evaluations:
         return run.world.mean(numbers_of(found))
 
     def safe_metrics(self) -> dict[str, float]:
-        """Returns the metrics for a record, from which no signal and no error loses a step."""
+        """Returns the metrics for a record; a signal leaves the evaluation of one process."""
         alone = self.run.world.size == 1
         if not alone:
             # No process can leave the others alone, which may wait for it.
             self.save()
-        with self.saved_on_error():
-            found = self.metrics(self.leaving() if alone else None)
-            check_names(found, "the evaluation")
+        found = self.metrics(self.leaving() if alone else None)
+        check_names(found, "the evaluation")
         return found
 
     def judge(self, record: Record) -> bool:
@@ -72,17 +69,3 @@ class Evaluations:
         value = metric(record, monitor, "Trainer: monitor")
         best = self.run.best.get(monitor, math.nan)
         return math.isfinite(value) and is_better(value, best, mode)
-
-    @contextmanager
-    def saved_on_error(self) -> Iterator[None]:
-        """Saves before an error ends the run: the steps until then are worth keeping."""
-        try:
-            yield
-        except Exception:
-            # Of several processes only one may have met it, and all must take part in saving.
-            if self.run.world.size == 1:
-                try:
-                    self.save()
-                except (OSError, TypeError, ValueError) as reason:
-                    self.say(f"Trainer: step {self.run.step} is not saved: {reason}")
-            raise

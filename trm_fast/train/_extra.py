@@ -52,9 +52,8 @@ class ExtraUpdates:
         self._register(objective, name)
         with self.update.set_aside():
             found = self.update.gradients(objective, batches, self.count + 1, clip_norm)
-            self.update.move(found)
+            self.update.move(found, objective)
             self.update.clear()
-        objective.commit(found.finite)
         for metrics in (*found.metrics, {"loss": (found.loss, 1.0)}):
             self.meter.add({f"{name}/{key}": value for key, value in metrics.items()})
         self.count += 1

@@ -55,21 +55,24 @@ class NonFiniteGuard:
             return
         found = torch.stack(self._verdicts).tolist()
         names, self._verdicts, self._names = self._names, [], []
-        full = ""
+        full, lines = "", []
         for verdict, name in zip(found, names, strict=True):
             if verdict == 1:
                 self._row.clear()
                 continue
             self.skipped += 1
             if verdict == 2:
-                report(f"skipped a step: float16 has overflowed, scaling the loss less: {name}")
+                lines.append(f"float16 has overflowed, scaling the loss less: {name}")
                 continue
             self._row.append(name)
-            report(f"skipped a step: loss or gradient is not finite; batch: {name}")
+            lines.append(f"loss or gradient is not finite; batch: {name}")
             if len(self._row) == self.limit:
                 full = full or "; ".join(self._row)
                 # A run that is taken up again is given as many once more.
                 self._row.clear()
+        # After all of them are counted: what is told may not be writable.
+        for line in lines:
+            report(f"skipped a step: {line}")
         if full and self.policy == "stop":
             raise NonFiniteError(
                 f"Trainer: the loss and gradients must be finite; got {self.limit} steps in a row "

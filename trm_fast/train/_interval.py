@@ -35,7 +35,7 @@ class Interval:
             lr: learning rate of the first group.
         """
         updates, taken = step - self.step, seconds - self.seconds
-        pace = updates / taken if taken > 0 else math.nan
+        pace = updates / taken if updates and taken > 0 else math.nan
         self.step, self.seconds = step, seconds
         start: Record = {"kind": "train", "step": step, "seconds": round(seconds, 3)}
         return {**start, **numbers, "lr": lr, "steps_per_second": round(pace, 3)}

@@ -27,6 +27,7 @@ class Saving:
     def __init__(self, run: RunWithFiles, check: Callable[[], None]) -> None:
         self.run, self.check = run, check
         self._last: tuple[tuple[int, ...], Path] | None = None
+        self._rehearses = False
 
     @property
     def is_done(self) -> bool:
@@ -42,6 +43,14 @@ class Saving:
         ``RunFiles.require_savable``."""
         if self.run.files.checkpoints is not None:
             self.run.files.require_savable(snapshot(self.run), own_buffers(self.run))
+        self._rehearses = True
+
+    def rehearse(self) -> None:
+        """Does so again, once, after the first step: it may have brought states that were not there
+        before, as those of optimizers."""
+        if self._rehearses:
+            self.require_savable()
+            self._rehearses = False
 
     def save(self) -> Path | None:
         """Writes a checkpoint, unless there is one of what is now; see ``Trainer.save``."""

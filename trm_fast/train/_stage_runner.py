@@ -56,7 +56,8 @@ class StageRunner:
 
     def begin(self) -> None:
         """Begins the first stage, or goes on after a resume. A checkpoint may be of the moment
-        before an evaluation or the end of a stage, and the stage may be another one now."""
+        before a record, an evaluation or the end of a stage, and the stage may be another one now.
+        """
         self.wants_save = False
         self.curriculum.sources.leave()
         if not self.curriculum.entered:
@@ -64,6 +65,8 @@ class StageRunner:
         self.curriculum.reopen()
         self._close_epochs()
         if self.curriculum.step > 0:
+            if self._logs():
+                self.actions.log()  # what an error has left out
             if self._evaluates() and self._last_evaluation() is None:
                 self._between_steps(True, False)
             else:
@@ -81,7 +84,7 @@ class StageRunner:
         """
         config = self.run.config
         epoch_ends = self._close_epochs()
-        logs = self._is_last() or self._is_due(config.log_every)
+        logs = self._logs()
         if logs or not waits:
             self.actions.check()
         if logs:
@@ -170,6 +173,10 @@ class StageRunner:
     def _is_last(self) -> bool:
         steps = self.curriculum.stage.steps
         return steps is not None and self.curriculum.step >= steps
+
+    def _logs(self) -> bool:
+        """Returns whether a record of the steps belongs to this one."""
+        return self._is_last() or self._is_due(self.run.config.log_every)
 
     def _evaluates(self) -> bool:
         """Returns whether an evaluation belongs to this step."""

@@ -40,6 +40,7 @@ class Update:
     Attributes:
         params: those of the optimizers, as they are since the last update.
         pending: whether there are gradients that have not moved the weights.
+        is_moving: whether an update has begun and is not over, or an error has ended it.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Update:
         self.scales = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
         self.sharded = isinstance(model, FSDPModule)
         self.on_device = self.scales and world.device.type == "cuda"
-        self.pending = False
+        self.pending = self.is_moving = False
 
     def gradients(
         self, objective: Objective, batches: Sequence[Any], index: int, clip_norm: float | None
@@ -189,10 +190,10 @@ class Update:
         mendable = self.world.all_agree(torch.isfinite(loss) & (scale >= 1.0))
         return norm, finite, ~finite & mendable
 
-    def move(self, step: Step) -> None:
-        """Clips and applies the gradients of a step, if it is finite. Parameters that have come
-        since move from the next one on."""
-        self.pending = False
+    def move(self, step: Step, objective: Objective) -> None:
+        """Clips and applies the gradients of a step, if it is finite, and tells the objective that
+        its losses have come from. Parameters that have come since move from the next one on."""
+        self.pending, self.is_moving = False, True
         self._take_in()
         if step.clip_norm is not None:
             self._clip(step.norm, step.clip_norm)
@@ -205,6 +206,8 @@ class Update:
                 optimizer.__dict__.pop(name, None)
         if self.scaler is not None:
             self._rescale(self.scaler, step.finite)
+        objective.commit(step.finite)
+        self.is_moving = False
 
     @torch.no_grad()
     def _clip(self, norm: Tensor, clip_norm: float) -> None:
@@ -240,7 +243,7 @@ class Update:
 
     def clear(self) -> None:
         """Drops the gradients, also those of a step that an error has ended."""
-        self.pending = False
+        self.pending = self.is_moving = False
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 

@@ -155,6 +155,14 @@ class EpochBatches:
         self._length = _length_of(batches)
         return batches
 
+    def mark(self) -> tuple[Any, ...]:
+        """Notes the place within this process, for ``go_back``."""
+        return self.epoch, self.position, self.completed, self._start
+
+    def go_back(self, mark: tuple[Any, ...]) -> None:
+        """Goes to the place of a mark; an iterator from before must not be used."""
+        self.epoch, self.position, self.completed, self._start = mark
+
     def describe(self) -> str:
         """Names the last batch."""
         return f"epoch {self.epoch}, batch {self.position - 1}"

@@ -212,8 +212,8 @@ class Curriculum:
 
     def enter(self, run: Run) -> None:
         """Begins the present stage: settings, schedules."""
-        self.visited.append(self.stage.name)
         self._apply(self.stage, run)
+        self.visited.append(self.stage.name)  # last: a stage that cannot be entered is not
 
     def enter_again(self, run: Run) -> None:
         """Brings settings and schedules to where the stages so far have brought them."""

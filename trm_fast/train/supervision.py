@@ -125,23 +125,22 @@ class PerStepSupervision(_Supervision):
         # One for each of the accumulated batches, by the order of their calls since the last
         # commit.
         self.carries: list[Carry] = []
-        self._slot = 0
+        self._next: list[Carry] = []  # of the batches since
 
     def start(self, model: Any, batch: Batch) -> Carry:
-        if self._slot == len(self.carries):
-            self.carries.append(self.model.initial_carry(batch))
-        return self.carries[self._slot]
+        slot = len(self._next)
+        known = slot < len(self.carries)
+        return self.carries[slot] if known else self.model.initial_carry(batch)
 
     def result(self, state: Carry, outputs: Any, batch: Batch, is_last: bool) -> StepResult:
-        self.carries[self._slot] = state
-        self._slot += 1
+        self._next.append(state)
         found = self.model.loss(state, outputs, **self.options)
         return StepResult(found.loss, _metrics(found))
 
     def commit(self, finite: Tensor) -> None:
         """After an update that was not taken lets all sequences give way: their states may not be
         finite."""
-        self._slot = 0
+        self.carries[: len(self._next)], self._next = self._next, []
         if finite.device.type == "cpu" and finite:
             return
         self.carries = [
@@ -158,7 +157,7 @@ class PerStepSupervision(_Supervision):
         device = self.model.y_init.device
         moved = tree_map(lambda leaf: leaf.to(device), state)
         self.carries = [Carry(**moved[str(slot)]) for slot in range(len(state))]
-        self._slot = 0
+        self._next = []
         if self.model.puzzles is not None:
             for carry in self.carries:
                 self.model.puzzles.prepare(len(carry.halted))

@@ -21,6 +21,7 @@ from trm_fast.train._evaluations import Evaluations
 from trm_fast.train._extra import ExtraUpdates
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics, check_names
+from trm_fast.train._rescue import Rescue
 from trm_fast.train._resume import drop_later, go_back
 from trm_fast.train._run_files import EVENTS, METRICS, RunFiles, describe
 from trm_fast.train._saving import Saving
@@ -169,9 +170,8 @@ class Trainer:
         self._request = StopRequest()
         self._signal: int | None = None
         self._saving = Saving(self, self._guarded)
-        self._evaluations = Evaluations(
-            self, self._saving.save, lambda: self._request.leaving(), self._say
-        )
+        self._rescue = Rescue(self, self._update, self._saving, self._say)
+        self._evaluations = Evaluations(self, self._saving.save, lambda: self._request.leaving())
         self._interval = Interval()
         self._slow_paths = SlowPaths()
         self._in_step = False
@@ -318,12 +318,14 @@ class Trainer:
         try:
             for _ in self.updates():
                 pass
-            self._guarded()
-            if self._signal is None:
-                self._in_hooks(self._evaluate_at_end)
+            with self._rescue.saved_on_error():
+                self._guarded()
+                if self._signal is None:
+                    self._in_hooks(self._evaluate_at_end)
         except Interrupted:
             self._signal = self._request.signal
-            self.event("evaluation", "left by a signal: it is made when the run is resumed")
+            with self._rescue.saved_on_error():
+                self.event("evaluation", "left by a signal: it is made when the run is resumed")
         return self._finish()
 
     def updates(self) -> Iterator[int]:
@@ -341,6 +343,7 @@ class Trainer:
         try:
             self._in_hooks(self._stages.begin)
             while not self._is_interrupted() and self._goes_on():
+                self._rescue.begin_step()
                 try:
                     batches, names = self._next_batches()
                 except RuntimeError as error:
@@ -348,16 +351,21 @@ class Trainer:
                         raise
                     continue
                 if not batches:
+                    self._rescue.end_step()
                     self._in_hooks(self._stages.after_batches)
                     continue
                 self._in_step = True
                 try:
                     self.train_step(batches, names)
+                    self._saving.rehearse()
                     self._tell_slow_paths()
                     self._stages.after_step(waits=self._update.on_device)
                 finally:
                     self._in_step = False
                 yield self.step
+        except Exception as error:
+            self._rescue.save_before(error)
+            raise
         finally:
             # Processes of a loader end now; as garbage they would take seconds.
             self._curriculum.sources.leave()
@@ -400,17 +408,20 @@ class Trainer:
         step = self._update.gradients(self.objective, batches, self.step + 1, self.config.clip_norm)
         for callback in self.callbacks:
             callback.on_gradients(self, step)
-        self._update.move(step)
-        self.objective.commit(step.finite)
-        for metrics in step.metrics:
-            self.meter.add(metrics)
-        self.meter.add({"loss": (step.loss, 1.0)})
-        for schedule in self.schedules:
-            if not takes_metric(schedule):
-                schedule.step()
-        self.step += 1
-        self._curriculum.step += 1
-        self.guard.note(step.finite, f"step {self.step}{names}", step.overflow)
+        self._update.move(step, self.objective)
+        self._rescue.end_step()
+        try:
+            for metrics in step.metrics:
+                self.meter.add(metrics)
+            self.meter.add({"loss": (step.loss, 1.0)})
+            for schedule in self.schedules:
+                if not takes_metric(schedule):
+                    schedule.step()
+        finally:
+            # The weights have moved: whatever else goes wrong, this is a step.
+            self.step += 1
+            self._curriculum.step += 1
+            self.guard.note(step.finite, f"step {self.step}{names}", step.overflow)
         for callback in self.callbacks:
             callback.on_step(self, step)
         self._update.clear()
@@ -469,12 +480,13 @@ class Trainer:
         try:
             check_names(means, "the objective")
             add_metrics(record, by_name(self.callbacks), Meter(self.world.device), self.world)
-        except ValueError:
-            # A name that is taken shows only now; the steps until here are worth keeping.
-            self.meter.load_state_dict(sums)
-            self._saving.save()
+            self._record(record)
+        except Exception as error:
+            self.meter.load_state_dict(sums)  # for the record of a resumed run
+            if isinstance(error, ValueError):
+                # A name that is taken shows only now, in all processes.
+                self._saving.save()
             raise
-        self._record(record)
         for callback in self.callbacks:
             callback.on_log(self, record)
 
@@ -495,18 +507,18 @@ class Trainer:
         """
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
-        self.metrics, self.evaluated_at = self._evaluations.safe_metrics(), self.step
+        found = self._evaluations.safe_metrics()
         self._tell_slow_paths()
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
-        record |= self.metrics | self._stages.place()
+        record |= found | self._stages.place()
         self._record(record)
-        with self._evaluations.saved_on_error():
-            is_best = self._evaluations.judge(record)
-            if is_best:
-                self.best = {"step": self.step, **self.metrics}
-            for callback in self.callbacks:
-                callback.on_evaluate(self, record)
+        self.metrics, self.evaluated_at = found, self.step
+        is_best = self._evaluations.judge(record)
+        if is_best:
+            self.best = {"step": self.step, **self.metrics}
+        for callback in self.callbacks:
+            callback.on_evaluate(self, record)
         return record, is_best
 
     def save(self) -> Path | None:
@@ -524,7 +536,7 @@ class Trainer:
             RuntimeError: in ``on_gradients``, where half of a step is done.
             ValueError: a weight or state of an optimizer is not finite.
         """
-        if self._update.pending:
+        if self._update.pending or self._update.is_moving:
             raise RuntimeError(
                 "Trainer: save must not come between the gradients of a step and its update; got a "
                 "call in on_gradients. Call it in on_step"
@@ -539,7 +551,8 @@ class Trainer:
             reason = self.stop_reason or self._reason_of_end()
         else:
             reason = f"interrupted by {Signals(self._signal).name}"
-            self.event("interrupted", reason)
+            with self._rescue.saved_on_error():
+                self.event("interrupted", reason)
         path = self._saving.save()
         return Summary(
             self.step, reason, self._signal, self.elapsed(), self.guard.skipped,
@@ -581,8 +594,8 @@ class Trainer:
             self.event("slow", line)
 
     def _record(self, record: Record) -> None:
-        self.history.append(record)
         self.files.append(METRICS, record)
+        self.history.append(record)
 
     def _say(self, line: str) -> None:
         if self.world.is_main:

@@ -188,6 +188,14 @@ class PuzzleBatches:
         self._epoch, self._visit, self._batch = state["epoch"], state["visit"], state["batch"]
         self._last = None
 
+    def mark(self) -> tuple[int, int, int]:
+        """Notes the place within this process, for ``go_back``."""
+        return self._epoch, self._visit, self._batch
+
+    def go_back(self, mark: tuple[int, int, int]) -> None:
+        """Goes to the place of a mark."""
+        self._epoch, self._visit, self._batch = mark
+
     def _guards(self) -> dict[str, int]:
         return {
             "seed": self.seed,
