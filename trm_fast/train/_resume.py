@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trm_fast.train._circumstances import changes_since, differences
+from trm_fast.train._given import changed
 from trm_fast.train._run_files import RunFiles
 from trm_fast.train.checkpoints.checkpoints import Loaded
 from trm_fast.train.checkpoints.resumable import Resumable
@@ -40,6 +41,9 @@ def go_back(
     other = differences(before, settings)
     if other:
         told.append(("changed", f"settings have changed: {'; '.join(other)}"))
+    before = loaded.state["trainer"].get("given", {})
+    told += (("changed", line) for line in changed(before, run.given, other))
+    told += (("data", line) for line in sources.beyond())
     return loaded, told
 
 

@@ -1,5 +1,6 @@
 """The batches of the stages of a run: which a stage has, where they stand, and their epochs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import torch
 from trm_fast.train._fingerprint import fingerprint
 from trm_fast.train.batches import (
     Batches,
+    EpochBatches,
     batches_of,
     completed,
     exhausted,
@@ -142,6 +144,15 @@ class StageBatches:
     def places(self) -> dict[str, Any]:
         """Returns where the batches of the stages stand in this process."""
         return self._places | {name: part.state_dict() for name, part in self._sources.items()}
+
+    def beyond(self) -> list[str]:
+        """Returns what to tell of batches that are fewer now than were given in their epoch."""
+        return [
+            f"batches of {name!r} end at {source.per_epoch} now, before the place {source.position}"
+            " of the run: its next epoch begins"
+            for name, source in self._sources.items()
+            if isinstance(source, EpochBatches) and source.position > (source.per_epoch or math.inf)
+        ]
 
     def fingerprints(self) -> dict[str, str | None]:
         """Returns a hash of the data of each stage that was made so far, None where there cannot be

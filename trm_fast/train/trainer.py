@@ -19,6 +19,7 @@ from trm_fast.optim import WeightEMA
 from trm_fast.optim._closure import check_closure
 from trm_fast.train._evaluations import Evaluations
 from trm_fast.train._extra import ExtraUpdates
+from trm_fast.train._given import given
 from trm_fast.train._guard import NonFiniteError, NonFiniteGuard
 from trm_fast.train._interval import Interval, add_metrics, check_names
 from trm_fast.train._rescue import Rescue
@@ -143,6 +144,7 @@ class Trainer:
         self._curriculum.check(self, evaluate)
         check_schedules(self.schedules, config, self._curriculum.stages, evaluate)
         check_later_schedules(self._curriculum.stages, self.optimizers, config, evaluate)
+        self.given = given(config, self.optimizers, self.schedules, self._curriculum.stages)
         self.objective = objective_of(objective)
         self.ema = self._average()
         self._evaluate_without_stage = evaluate

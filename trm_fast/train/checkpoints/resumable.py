@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from trm_fast.train._extra import ExtraUpdates
+from trm_fast.train._given import Given
 from trm_fast.train._guard import NonFiniteGuard
 from trm_fast.train.callbacks import Callback
 from trm_fast.train.curriculum import Curriculum
@@ -18,6 +19,7 @@ class Resumable(Run, Protocol):
     seconds: float
     best_after: int
     extra: ExtraUpdates
+    given: Given
 
     @property
     def curriculum(self) -> Curriculum: ...

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def snapshot(run: Resumable) -> dict[str, Any]:
             "best_after": run.best_after,
             "monitor": [run.config.monitor, run.config.mode],
             "circumstances": circumstances(run),
+            "schedule_kinds": [type(schedule).__name__ for schedule in run.schedules],
+            "given": run.given,
         },
     }
     if run.ema is not None and not run.ema.is_of_optimizer:
@@ -93,6 +96,8 @@ def _restore(run: Resumable, state: dict[str, Any]) -> str | None:
     take_stage(run, state)
     # A stage may have schedules of its own.
     _require_same("schedules", len(run.schedules), len(saved["schedules"]))
+    kinds = [type(schedule).__name__ for schedule in run.schedules]
+    _require_same("classes of schedules", kinds, saved.get("schedule_kinds", kinds))
     load_weights(run, state)
     with _taking("trainer"):
         _restore_progress(run, saved)
@@ -151,6 +156,7 @@ _TRAINER: dict[str, Any] = {
     "curriculum": dict, "scaler": (dict, type(None)), "guard": dict, "extra_updates": int,
     "records": int, "metrics": dict, "evaluated_at": (int, type(None)), "best": dict,
 }  # fmt: skip
+_OPTIONAL: dict[str, Any] = {"given": dict, "schedule_kinds": list}
 _PROCESS: dict[str, Any] = {
     "objective": dict, "extra": dict, "generators": dict, "meter": dict, "batches": dict,
     "callbacks": dict, "buffers": dict, "data": dict,
@@ -168,6 +174,9 @@ def fitted(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     check_version(state)
     for name, kind in _TRAINER.items():
         _part(state, ("trainer", name), kind)
+    for name, kind in _OPTIONAL.items():
+        if name in state["trainer"]:
+            _part(state, ("trainer", name), kind)
     for name in ("step", "records", "extra_updates"):
         if state["trainer"][name] < 0:
             raise ValueError(
@@ -378,6 +387,8 @@ def check_weights(run: Run, state: dict[str, Any]) -> None:
         [_sizes(o.param_groups) for o in run.optimizers],
         [_sizes(saved["param_groups"]) for saved in state["optim"].values()],
     )
+    with _taking("trainer.groups"):
+        _require_same_names(_names_in_groups(run), state["trainer"]["groups"])
     _require_same("averages of weights", int(averages), int("ema" in state))
 
 
@@ -387,6 +398,17 @@ def _require_same(what: str, now: Any, saved: Any) -> None:
         raise ValueError(
             f"Trainer: the checkpoint must be of a run with the same {what}, {now}; got {got}"
         )
+
+
+def _require_same_names(now: list[list[list[str | None]]], saved: Any) -> None:
+    """Refuses parameters in another order: states of optimizers have no names."""
+    for optimizer, (own, others) in enumerate(zip(now, saved, strict=True)):
+        for name, other in zip(chain(*own), chain(*others), strict=True):
+            if name != other and None not in (name, other):
+                raise ValueError(
+                    f"Trainer: optimizer {optimizer} must have its parameters in the order of the "
+                    f"checkpoint, where {other!r} is in this place; got {name!r}"
+                )
 
 
 def _sizes(groups: list[dict[str, Any]]) -> list[int]:
