@@ -167,7 +167,8 @@ def test_an_error_of_the_loader_loses_no_step(error, accumulate, tmp_path):
         make(tmp_path / "parts", error).fit()
     # 7 batches are an epoch of 26 examples; the eleventh batch is torn.
     assert Checkpoints(tmp_path / "parts").load().step == {1: 10, 2: 5}[accumulate]
-    assert resumed(make, tmp_path) == []
+    # But for the number of reads, which counts those that have failed.
+    assert set(resumed(make, tmp_path)) <= {"process"}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
