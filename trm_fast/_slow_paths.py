@@ -10,6 +10,7 @@ PAGE = "docs/performance.md"  # where the measured factors stand
 _Way = tuple[str, str]  # how calls run instead, and why
 _warned: set[_Way] = set()
 _watching: list["SlowPaths"] = []
+_quiet: list[bool] = []
 
 
 class SlowPathWarning(UserWarning):
@@ -63,7 +64,7 @@ def tell(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = 
     """
     for watcher in _watching:
         watcher.note(op, instead, reason, slower)
-    if not warns or (instead, reason) in _warned:
+    if not warns or _quiet or (instead, reason) in _warned:
         return
     _warned.add((instead, reason))
     measured = f" ({slower}: {PAGE})" if slower else ""
@@ -77,10 +78,13 @@ def tell(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = 
 
 @contextmanager
 def told_otherwise() -> Iterator[None]:
-    """Leaves the warnings out where something else shows what ``SlowPaths`` has found."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlowPathWarning)
+    """Leaves the warnings out where something else shows what ``SlowPaths`` has found; they come
+    with the next call elsewhere."""
+    _quiet.append(True)
+    try:
         yield
+    finally:
+        _quiet.pop()
 
 
 def _line(instead: str, reason: str, ops: dict[str, str]) -> str:

@@ -163,7 +163,8 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_to_the_same_bits
         *(state[rank]["batches"]["train"]["start"]["torch"] for rank in ("0", "1"))
     )
     events = [event["event"] for event in read_records(played.out / "parts" / "events.jsonl")]
-    assert events == ["interrupted", "resumed"]
+    # A run in float64 takes the reference, and says so in each part.
+    assert [event for event in events if event != "slow"] == ["interrupted", "resumed"]
 
 
 @pytest.mark.parametrize("name", ["spoilt", "spoilt, fsdp2"])

@@ -35,7 +35,6 @@ def go_back(
     told = [("checkpoint", reason) for reason in (*loaded.skipped, *([lost] if lost else []))]
     told.append(("resumed", f"resumed at step {loaded.step} from {loaded.path.name}"))
     sources = run.curriculum.sources
-    sources.of(run.curriculum.index)  # so that its data can be compared
     data = None if lost else sources.fingerprints()
     told += (("changed", line) for line in changes_since(run, loaded.state, data))
     other = differences(before, settings)

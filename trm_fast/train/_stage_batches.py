@@ -138,8 +138,9 @@ class StageBatches:
         self._present = None
 
     def made(self) -> list[Batches]:
-        """Returns the batches that were made so far."""
-        return list(self._sources.values())
+        """Returns the batches that were made so far, or found ready."""
+        both = (*self._ready.values(), *self._sources.values())
+        return list({id(source): source for source in both}.values())
 
     def places(self) -> dict[str, Any]:
         """Returns where the batches of the stages stand in this process."""

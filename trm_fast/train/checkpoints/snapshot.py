@@ -101,7 +101,10 @@ def _restore(run: Resumable, state: dict[str, Any]) -> str | None:
     load_weights(run, state)
     with _taking("trainer"):
         _restore_progress(run, saved)
+    with _taking("process.batches"):
         run.curriculum.sources.load_places(own["batches"])
+        # Made now, so that its place is loaded while all can be undone.
+        run.curriculum.sources.of(run.curriculum.index)
     if not same_world:
         return (
             f"the checkpoint is of {saved['world_size']} processes, now there are "
