@@ -24,7 +24,7 @@ from trm_fast import _native
 from trm_fast._autograd import is_transformed
 from trm_fast._compiler import constant_result
 from trm_fast._errors import BackendError
-from trm_fast._slow_paths import SlowPaths, tell
+from trm_fast._slow_paths import SlowPaths, report
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -276,7 +276,7 @@ class Op:
         return choice
 
     def forget_slow(self) -> None:
-        """Has the choices of the reference made, and told, once more; ``earlier`` keeps them."""
+        """Has the choices of the reference made and reported anew; ``earlier`` keeps them."""
         for key, choice in list(self.choices.items()):
             if choice.backend == "reference":
                 self.earlier[key] = choice
@@ -301,18 +301,18 @@ class Op:
                 raise BackendError(f"{self.name}: the named backend {named!r} cannot run: {reason}")
             faster = self.order.get(device_type, ())[:1] not in ((), ("reference",))
             if faster and named == _named == "reference":
-                tell(self.name, "on the reference", _what_names(), self.slower, warns=False)
+                report(self.name, "on the reference", _what_names(), self.slower, warns=False)
             return Choice(named, self._function(named), ())
         if device_type not in self.order and device_type != "meta":
             reason = f"nothing faster runs on {device_type} tensors"
-            tell(self.name, "on the reference", reason, self.slower)
+            report(self.name, "on the reference", reason, self.slower)
         skipped: list[tuple[str, str]] = []
         for backend in self.order.get(device_type, ("reference",)):
             reason = reason_against(backend)
             if reason is None:
                 if skipped and backend == "reference":
                     reasons = "; ".join(map(": ".join, skipped))
-                    tell(self.name, "on the reference", reasons, self.slower)
+                    report(self.name, "on the reference", reasons, self.slower)
                 return Choice(backend, self._function(backend), tuple(skipped))
             skipped.append((backend, reason))
             if _strict:
@@ -354,12 +354,12 @@ def note_fallback(op: str, device_type: str, dtype: torch.dtype, instead: str, r
     OPS[op].notes.setdefault(f"{device_type} {kind} ran {instead}", {})[reason] = None
     if _strict and _named != "reference":
         raise BackendError(f"{op}: TRM_FAST_STRICT=1 and the call would run {instead}: {reason}")
-    tell(op, instead, reason, OPS[op].slower, warns=_named != "reference")
+    report(op, instead, reason, OPS[op].slower, warns=_named != "reference")
 
 
 @contextmanager
 def slow_paths() -> Iterator[SlowPaths]:
-    """Watches for a while which slow paths calls take, also those that were told before."""
+    """Watches for a while which slow paths calls take, also those that were reported before."""
     with SlowPaths() as found:
         for op in OPS.values():
             op.forget_slow()

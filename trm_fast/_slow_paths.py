@@ -1,4 +1,4 @@
-"""Calls that take a slower path than they might: each way and reason is told once."""
+"""Calls that take a slower path than they might: each way and reason is reported once."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class SlowPaths:
     """The slow paths that calls of this process take while this is entered."""
 
     def __init__(self) -> None:
-        self._told: set[_Way] = set()
+        self._reported: set[_Way] = set()
         self._found: dict[_Way, dict[str, str]] = {}
 
     def __enter__(self) -> "SlowPaths":
@@ -37,8 +37,8 @@ class SlowPaths:
         _watching.remove(self)
 
     def note(self, op: str, instead: str, reason: str, slower: str) -> None:
-        """Keeps what ``tell`` is given."""
-        if (instead, reason) not in self._told:
+        """Keeps what ``report`` is given."""
+        if (instead, reason) not in self._reported:
             self._found.setdefault((instead, reason), {})[op] = slower
 
     def new(self) -> list[str]:
@@ -47,11 +47,11 @@ class SlowPaths:
         if not self._found:
             return []
         found, self._found = self._found, {}
-        self._told.update(found)
+        self._reported.update(found)
         return [_line(instead, reason, ops) for (instead, reason), ops in found.items()]
 
 
-def tell(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = True) -> None:
+def report(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = True) -> None:
     """Says that calls take a slow path: to all that watch, and by one warning in the process for
     each way and reason.
 
@@ -77,7 +77,7 @@ def tell(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = 
 
 
 @contextmanager
-def told_otherwise() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Leaves the warnings out where something else shows what ``SlowPaths`` has found; they come
     with the next call elsewhere."""
     _quiet.append(True)
@@ -90,8 +90,8 @@ def told_otherwise() -> Iterator[None]:
 def _line(instead: str, reason: str, ops: dict[str, str]) -> str:
     # What was measured comes before the names, as a terminal may show the beginning only.
     measured = [f"{op}: {slower}" for op, slower in ops.items() if slower]
-    told = f" ({'; '.join(measured)}; {PAGE})" if measured else ""
-    return f"slow path: {reason}{told}: {instead} {_verb(len(ops))} {', '.join(ops)}"
+    figures = f" ({'; '.join(measured)}; {PAGE})" if measured else ""
+    return f"slow path: {reason}{figures}: {instead} {_verb(len(ops))} {', '.join(ops)}"
 
 
 def _verb(count: int) -> str:

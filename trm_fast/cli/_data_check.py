@@ -115,12 +115,12 @@ def check(path: Path) -> int:
         check_alike(path, fixed)
     except ValueError as error:
         parts[-1].fault(str(path), str(error).removeprefix(f"{path}: "))
-    shared, told = _shared(parts)
+    shared, summary = _shared(parts)
     for part in parts:
         print(printable(f"{part.name}: {part.kind}, {'; '.join(_described(part))}"))
     by_name = {part.name: part for part in parts}
     if len(by_name) > 1:
-        print(printable(f"questions of the test: {told}"))
+        print(printable(f"questions of the test: {summary}"))
     faults = list(chain.from_iterable(part.faults for part in parts))[:_SHOWN]
     for fault in faults:
         print(printable(fault))

@@ -72,7 +72,7 @@ def _train(recipe: "Recipe[Any]", options: "Options") -> int:
 
 def _rehearse(config: Any, trainer: Any) -> None:
     """Prints the settings and what one step has shown."""
-    from trm_fast._slow_paths import told_otherwise
+    from trm_fast._slow_paths import without_warnings
     from trm_fast.recipes.settings import leaves
     from trm_fast.train.dry_run import dry_run
 
@@ -80,7 +80,7 @@ def _rehearse(config: Any, trainer: Any) -> None:
     width = max(len(name) for name, _ in settings)
     for name, value in settings:
         print(f"{name:{width}}  {value}")
-    with told_otherwise():
+    with without_warnings():
         found = dry_run(trainer)
     print()
     print(f"parameters   {found.parameters:,}")

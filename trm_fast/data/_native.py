@@ -11,7 +11,7 @@ from types import ModuleType
 
 from trm_fast._errors import BackendError
 from trm_fast._paths import shadowed
-from trm_fast._slow_paths import tell
+from trm_fast._slow_paths import report
 from trm_fast.data import _reference
 
 # Raised, together with kRevision in csrc/data/module.cpp, whenever a function or a result changes.
@@ -61,5 +61,5 @@ def choose(who: str, native: bool | None) -> ModuleType:
     if native or os.environ.get("TRM_FAST_STRICT") == "1":
         raise BackendError(f"{who}: the C++ form must run, but {loaded}")
     measured = "Sudoku and mazes took 91 to 168 times as long where measured"
-    tell(who, "in Python", loaded, measured)
+    report(who, "in Python", loaded, measured)
     return _reference

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from trm_fast._files import require_own
 from trm_fast._json import read_object
-from trm_fast._slow_paths import told_otherwise
+from trm_fast._slow_paths import without_warnings
 from trm_fast._version import __version__
 from trm_fast.recipes.recipe import Recipe
 from trm_fast.recipes.settings import directory_of, from_json, leaves, replaced, to_json
@@ -140,7 +140,7 @@ def _train_one(
 ) -> Summary:
     if resume and trainer.out is not None:
         _require_settings(recipe, config, trainer.out)
-    with told_otherwise():  # by an event of the run, which recipes show
+    with without_warnings():  # by an event of the run, which recipes show
         summary = trainer.fit(resume=resume, overwrite=overwrite)
     if trainer.world.is_main:
         for line in recipe.finish(trainer, summary):

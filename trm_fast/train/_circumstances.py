@@ -72,7 +72,7 @@ def begin_best_anew(run: Monitored, before: Sequence[str] | None) -> list[str]:
         before: monitor and mode of the checkpoint, None if it does not say.
 
     Returns:
-        What to tell of it, if anything.
+        What to report, if anything.
     """
     now = [run.config.monitor, run.config.mode]
     if before is None or list(before) == now:
@@ -97,15 +97,15 @@ def changes_since(
         data: fingerprints by the name of the stage; None where other processes have other parts.
 
     Returns:
-        What to tell of it.
+        What to report.
     """
     saved = state["trainer"]
     run.best_after = saved.get("best_after", -1)
-    told = begin_best_anew(run, saved.get("monitor"))
+    lines = begin_best_anew(run, saved.get("monitor"))
     before = saved.get("circumstances")
     found = [] if before is None else differences(before, circumstances(run))
     if data is not None:
         found += other_data(state["process"][str(run.world.rank)].get("data", {}), data)
     if found:
-        told.append(f"what the bits depend on has changed: {'; '.join(found)}")
-    return told
+        lines.append(f"what the bits depend on has changed: {'; '.join(found)}")
+    return lines

@@ -48,19 +48,19 @@ def given(
     return {"held": _flat(held | moved), "used": _flat(used | batches), "config": asdict(config)}
 
 
-def changed(before: Mapping[str, Any], now: Given, told: Sequence[str]) -> list[str]:
-    """Returns what to tell of two of these.
+def changed(before: Mapping[str, Any], now: Given, reported: Sequence[str]) -> list[str]:
+    """Returns what to report of two of these.
 
     Args:
         before: of the checkpoint; empty if it has none.
         now: of this run.
-        told: what is told of other settings already, of which nothing is to be told twice.
+        reported: lines on other settings, which are not repeated.
     """
     found = {
         name: differences(old, values) if isinstance(old := before.get(name), dict) else []
         for name, values in now.items()
     }
-    config = [line for line in found["config"] if not any(old.endswith(line) for old in told)]
+    config = [line for line in found["config"] if not any(old.endswith(line) for old in reported)]
     lines = []
     if found["held"]:
         lines.append(

@@ -147,7 +147,7 @@ class StageBatches:
         return self._places | {name: part.state_dict() for name, part in self._sources.items()}
 
     def beyond(self) -> list[str]:
-        """Returns what to tell of batches that are fewer now than were given in their epoch."""
+        """Returns what to report of batches that are fewer now than were given in their epoch."""
         return [
             f"batches of {name!r} end at {source.per_epoch} now, before the place {source.position}"
             " of the run: its next epoch begins"

@@ -76,7 +76,7 @@ class EpochBatches:
         self._start: dict[str, Any] | None = None
         self._length = _length_of(source)
         self._loader = LoaderState(source)
-        self._told: set[str] = set()
+        self._warned_of: set[str] = set()
 
     @property
     def per_epoch(self) -> int | None:
@@ -172,12 +172,12 @@ class EpochBatches:
         source keeps."""
         place = {"epoch": self.epoch, "position": self.position, "length": self._length}
         now = self._loader.state_dict(self._start is None)
-        self._tell_unsaved()
+        self._warn_of_unsaved()
         return {"seed": self.seed, **place, "start": self._start, "now": now}
 
-    def _tell_unsaved(self) -> None:
-        for path in set(self._loader.unsaved()) - self._told:
-            self._told.add(path)
+    def _warn_of_unsaved(self) -> None:
+        for path in set(self._loader.unsaved()) - self._warned_of:
+            self._warned_of.add(path)
             warnings.warn(
                 f"EpochBatches: {path} has changed and is not saved: if it is random, a resumed "
                 "run has other batches. Give its object state_dict and load_state_dict",

@@ -153,12 +153,12 @@ class EarlyStopping(Callback):
         self.name = f"EarlyStopping {monitor}"
         self.best: float | None = None
         self.waited = 0
-        self._changes: list[str] = []  # since the checkpoint, still to be told
+        self._changes: list[str] = []  # since the checkpoint, still to be reported
 
     def on_start(self, run: Run) -> None:
-        told, self._changes = self._changes, []
-        if told:
-            run.event("changed", f"{self.name}: {'; '.join(told)}")
+        changes, self._changes = self._changes, []
+        if changes:
+            run.event("changed", f"{self.name}: {'; '.join(changes)}")
         self._judge(run)
 
     def on_stage(self, run: Run, stage: str) -> None:

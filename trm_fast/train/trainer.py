@@ -275,7 +275,7 @@ class Trainer:
             seed_everything(self.config.seed + self.world.rank)
             self._slow_paths = stack.enter_context(slow_paths())
             self.stop_reason = None
-            loaded, told = go_back(self, self.files, self._settings()) if resume else (None, [])
+            loaded, events = go_back(self, self.files, self._settings()) if resume else (None, [])
             if loaded is not None:
                 self._saving.go_on_from(loaded.path)
             self._saving.require_savable()
@@ -283,7 +283,7 @@ class Trainer:
                 self.event("left", left)
             if resume:
                 records = 0 if loaded is None else loaded.state["trainer"]["records"]
-                for event, message in (*told, *drop_later(self, self.files, records)):
+                for event, message in (*events, *drop_later(self, self.files, records)):
                     self.event(event, message)
             by_name(self.callbacks)
             for callback in self.callbacks:
@@ -360,7 +360,7 @@ class Trainer:
                 try:
                     self.train_step(batches, names)
                     self._saving.rehearse()
-                    self._tell_slow_paths()
+                    self._report_slow_paths()
                     self._stages.after_step(waits=self._update.on_device)
                 finally:
                     self._in_step = False
@@ -510,7 +510,7 @@ class Trainer:
         if self.evaluator is None or self.evaluated_at == self.step:
             return None, False
         found = self._evaluations.safe_metrics()
-        self._tell_slow_paths()
+        self._report_slow_paths()
         now = round(self.elapsed(), 3)
         record: Record = {"kind": "evaluation", "step": self.step, "seconds": now}
         record |= found | self._stages.place()
@@ -591,7 +591,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_event(self, record)
 
-    def _tell_slow_paths(self) -> None:
+    def _report_slow_paths(self) -> None:
         for line in self._slow_paths.new():
             self.event("slow", line)
 
