@@ -33,10 +33,10 @@ CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 # The compile step finds ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test quick test-long sanitize test-oldest on-oldest bench lint build lock audit clean
+.PHONY: help demo test quick test-long sanitize test-oldest install-oldest installed on-oldest bench lint build lock audit clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1 \2/p' Makefile | while read name text; do \
-		printf '%-10s %s\n' "$$name" "$$text"; done
+		printf '%-14s %s\n' "$$name" "$$text"; done
 
 demo: build ## train on real data and show the result, in runs/demo
 	$(BIN)/trm-fast train sudoku --out runs/demo --overwrite
@@ -59,8 +59,14 @@ sanitize: build ## run native code under AddressSanitizer, UndefinedBehaviorSani
 
 # The oldest torch of pyproject.toml, with the Triton that belongs to it, whose interpreter takes no
 # later NumPy. One build of the libraries serves every torch.
+OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRITON=triton==3.6.0 MORE='"numpy<2.3"'
 test-oldest: build ## run what compiles, and one case of each other test, on the oldest torch
-	$(MAKE) VENV=.venv-oldest TORCH=torch==2.11.0 TRITON=triton==3.6.0 MORE='"numpy<2.3"' on-oldest
+	$(MAKE) $(OLDEST) on-oldest
+
+install-oldest: ## install the oldest torch: several GB where there are CUDA builds of it alone
+	$(MAKE) $(OLDEST) installed
+
+installed: $(INSTALLED)
 
 on-oldest: $(INSTALLED)
 	$(PYTEST) -m "compile and not long"
