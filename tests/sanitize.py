@@ -58,9 +58,9 @@ def passes(name: str, options: list[str]) -> bool:
     package = subprocess.check_output(where, cwd=home, env=variables, text=True).strip()
     assert Path(package).is_relative_to(home), f"the tests would run on {package}"
     pytest = Path(sys.executable).with_name("pytest")
-    code = subprocess.run(
-        [pytest, "-q", *SELECTION, *PARALLEL, *options, *TESTS], cwd=ROOT, env=variables
-    ).returncode
+    named = any((ROOT / each.partition("::")[0]).exists() for each in options)
+    command = [pytest, "-q", *SELECTION, *PARALLEL, *options, *([] if named else TESTS)]
+    code = subprocess.run(command, cwd=ROOT, env=variables).returncode
     reports = sorted(home.glob("report.*"))
     for report in reports:
         print(f"\n{report}:\n{report.read_text()}", flush=True)

@@ -64,7 +64,7 @@ def test_train_and_cli_know_no_recipe_and_no_setting_of_one(path):
     settings = {name for recipe in map(load, RECIPES) for name, _ in leaves(recipe.default)}
     # Words of the trainer too: keys of parameter groups, modules, events.
     general = {name for name, _ in leaves(TrainerConfig())}
-    general |= {"device", "epochs", "lr", "out", "supervision", "tracker"}
+    general |= {"batch_size", "device", "epochs", "lr", "out", "supervision", "tracker"}
     known = set() if path.name in KINDS_OF_DATA else {*RECIPES, *SYSTEMS} | (settings - general)
     assert {*strings(path)} & known == set()
 

@@ -144,7 +144,7 @@ def test_memory_grows_by_less_than_the_multiple(tmp_path, name):
 def test_settings_are_few():
     # Of YAML it takes 150 times the size, which is why the size is bounded.
     with pytest.raises(ValueError, match=r"a\.yaml: must have at most 65536 characters; got 65537"):
-        check_file(" " * 65537, "a.yaml:", ())
+        check_file(" " * 65537, "a.yaml:", {})
 
 
 def test_values_that_are_no_tensors_are_few(tmp_path):

@@ -24,7 +24,7 @@ from trm_fast import _native
 from trm_fast._autograd import is_transformed
 from trm_fast._compiler import constant_result
 from trm_fast._errors import BackendError
-from trm_fast._slow_paths import SlowPaths, report
+from trm_fast._slow_paths import SlowPaths, report, strict_in_environment
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -60,7 +60,7 @@ def _named_in_environment() -> str | None:
 
 
 _named: str | None = _named_in_environment()
-_strict: bool = os.environ.get("TRM_FAST_STRICT", "0") == "1"
+_strict: bool = strict_in_environment()
 
 
 class use_backend:

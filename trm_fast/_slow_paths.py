@@ -1,9 +1,12 @@
 """Calls that take a slower path than they might: each way and reason is reported once."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+
+from trm_fast._errors import BackendError
 
 PAGE = "docs/performance.md"  # where the measured factors stand
 
@@ -51,6 +54,18 @@ class SlowPaths:
         return [_line(instead, reason, ops) for (instead, reason), ops in found.items()]
 
 
+def strict_in_environment() -> bool:
+    """Returns whether TRM_FAST_STRICT asks for errors in place of slow paths.
+
+    Raises:
+        BackendError: it is neither 0 nor 1.
+    """
+    text = os.environ.get("TRM_FAST_STRICT", "") or "0"
+    if text not in ("0", "1"):
+        raise BackendError(f"TRM_FAST_STRICT must be 0 or 1; got {text!r}")
+    return text == "1"
+
+
 def report(op: str, instead: str, reason: str, slower: str = "", *, warns: bool = True) -> None:
     """Says that calls take a slow path: to all that watch, and by one warning in the process for
     each way and reason.
@@ -88,10 +103,10 @@ def without_warnings() -> Iterator[None]:
 
 
 def _line(instead: str, reason: str, ops: dict[str, str]) -> str:
-    # What was measured comes before the names, as a terminal may show the beginning only.
+    # What was measured comes last, as a terminal may show the beginning only.
     measured = [f"{op}: {slower}" for op, slower in ops.items() if slower]
     figures = f" ({'; '.join(measured)}; {PAGE})" if measured else ""
-    return f"slow path: {reason}{figures}: {instead} {_verb(len(ops))} {', '.join(ops)}"
+    return f"slow path: {', '.join(ops)} {_verb(len(ops))} {instead}: {reason}{figures}"
 
 
 def _verb(count: int) -> str:

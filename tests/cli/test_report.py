@@ -173,8 +173,9 @@ def test_accuracies_in_percent_are_shown_as_such(tmp_path, capsys):
     assert "21.50 %" in text and "2150" not in text
 
 
-def test_a_pipe_in_the_place_of_the_lock_is_no_lock(tmp_path):
+def test_a_pipe_in_the_place_of_the_lock_is_refused(tmp_path):
     run = write(tmp_path / "a")
     (run / ".lock").unlink()
     os.mkfifo(run / ".lock")
-    assert read_run(run).state == "finished"
+    with pytest.raises(ValueError, match=r"\.lock: an ordinary file is required; got a pipe"):
+        read_run(run)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,10 @@ def write_settings(folder: Path) -> None:
     (folder / "a.yaml").write_text(text)
 
 
-SETTINGS = ("data.size", "data.clues", "data.path", "out", "train.steps", "train.log_every")
+SETTINGS: dict[str, Any] = {
+    "data.size": int, "data.clues": tuple[int, int], "data.path": str, "out": str,
+    "train.steps": int, "train.log_every": int,
+}  # fmt: skip
 
 
 def check_settings(folder: Path) -> None:

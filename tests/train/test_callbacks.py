@@ -117,7 +117,7 @@ def test_callbacks_are_closed_if_an_error_ends_the_run():
     recorder = Recorder(fails=True)
     with pytest.raises(RuntimeError, match="has a fault"):
         function_run(None, (recorder,)).fit()
-    assert recorder.told == ["on_start", "on_gradients", "on_step", "close"]
+    assert recorder.told == ["on_start", "on_gradients", "on_step", "on_event", "close"]
 
 
 def test_lines_of_progress_are_short(tmp_path, capsys):
@@ -217,3 +217,23 @@ def test_a_hook_may_leave_out_what_comes_after_the_run():
     assert callback.called == [
         ("on_step", 1), ("on_step", 2), ("on_log", True), ("on_evaluate", 2), ("on_end", 1),
     ]  # fmt: skip
+
+
+def test_a_hook_that_is_misspelled_is_refused_when_its_class_is_made():
+    with pytest.raises(TypeError, match=r"Odd: on_stpe must be a hook .* did you mean on_step\?"):
+
+        class Odd(Callback):
+            def on_stpe(self, run):
+                pass
+
+    class Own(Callback):
+        def on_button(self, run):
+            pass
+
+    assert Own().on_button(None) is None
+
+
+@pytest.mark.parametrize(("given", "got"), [(Brief, "Brief"), (print, "print"), (None, "NoneType")])
+def test_what_is_no_callback_is_refused_by_name(given, got):
+    with pytest.raises(TypeError, match=f"callbacks must be objects of class Callback; got {got}"):
+        function_run(None, (given,))

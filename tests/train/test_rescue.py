@@ -21,6 +21,8 @@ from trm_fast.train import (
     TrainerConfig,
     files,
 )
+from trm_fast.train.reports.reading import read_run
+from trm_fast.train.run_directory import read_records
 
 from .runs import MAKE, differences, function_run, puzzle_run, result
 from .test_trainer import loss, network, split
@@ -387,3 +389,17 @@ def test_numbers_drawn_in_a_failed_pass_are_drawn_again(tmp_path):
     expected = Checkpoints(tmp_path / "whole").load().state["process"]["0"]
     assert torch.equal(own["generators"]["torch"], expected["generators"]["torch"])
     assert own["batches"]["train"]["position"] == 3
+
+
+def test_an_error_is_an_event_and_the_report_says_how_the_run_ended(tmp_path):
+    class Fails(Callback):
+        def on_step(self, run):
+            if run.step == 3:
+                raise ValueError("boom\nin two lines")
+
+    with pytest.raises(ValueError, match="boom"):
+        function_run(tmp_path, (Fails(),)).fit()
+    failed = [e for e in read_records(tmp_path / "events.jsonl") if e["event"] == "failed"]
+    assert [(e["step"], e["message"]) for e in failed] == [(3, "ValueError: boom in two lines")]
+    report = read_run(tmp_path)
+    assert (report.state, report.reason) == ("stopped", "ValueError: boom in two lines")

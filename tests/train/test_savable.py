@@ -110,7 +110,7 @@ def test_a_weight_that_cannot_be_saved_is_refused_before_the_first_step(kind, va
         trainer.model.register_buffer("odd", odd)
     else:
         trainer.model.register_parameter("odd", torch.nn.Parameter(odd))
-    with pytest.raises(ValueError, match=r"model.odd must be finite; got NaN or infinity in 1"):
+    with pytest.raises(ValueError, match=r"model.odd must be .*; got NaN or infinity in 1 of 2"):
         trainer.fit()
     assert trainer.step == 0
 

@@ -154,7 +154,8 @@ def _base(who: str, recipe: Recipe[Any], flags: Any) -> Any:
         found = read_json(run / "run.json").get("name")
         if found != recipe.name:
             raise ValueError(
-                f"{who}: --out must be a run of {recipe.name} to resume; got one of {found}"
+                f"{who}: --out must be a run of {recipe.name} to resume; got "
+                f"{f'one of {found}' if found else 'one that no recipe has made'}"
             )
     path = run / "config.json"
     found = read_json(path)
@@ -192,7 +193,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _check_resumed(who: str, recipe: Recipe[Any], run: Any, now: Any) -> None:
     for name, (before, value) in recipe.changes(run, now).items():
         raise ValueError(
-            f"{who}: {name} must be {before!r} as in the run that is resumed; got {value!r}"
+            f"{who}: --{name} must be {before!r} as in the run that is resumed; got {value!r}. "
+            "Leave it out, or begin another run with another --out"
         )
 
 

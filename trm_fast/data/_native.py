@@ -11,7 +11,7 @@ from types import ModuleType
 
 from trm_fast._errors import BackendError
 from trm_fast._paths import shadowed
-from trm_fast._slow_paths import report
+from trm_fast._slow_paths import report, strict_in_environment
 from trm_fast.data import _reference
 
 # Raised, together with kRevision in csrc/data/module.cpp, whenever a function or a result changes.
@@ -58,7 +58,7 @@ def choose(who: str, native: bool | None) -> ModuleType:
     loaded = _load()
     if isinstance(loaded, ModuleType):
         return loaded
-    if native or os.environ.get("TRM_FAST_STRICT") == "1":
+    if native or strict_in_environment():
         raise BackendError(f"{who}: the C++ form must run, but {loaded}")
     measured = "Sudoku and mazes took 91 to 168 times as long where measured"
     report(who, "in Python", loaded, measured)

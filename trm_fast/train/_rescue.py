@@ -31,6 +31,7 @@ class Rescue:
         self.run, self.update, self.saving, self.say = run, update, saving, say
         self._generators = _generators(run.world.device)
         self._before: tuple[list[Tensor], Any] | None = None
+        self._reported: Exception | None = None
 
     def begin_step(self) -> None:
         """Notes what the next step draws from; nothing of it has been drawn yet."""
@@ -51,8 +52,18 @@ class Rescue:
             self.save_before(error)
             raise
 
+    def _report(self, error: Exception) -> None:
+        # One that stops a run for its steps has been reported.
+        if isinstance(error, NonFiniteError) or error is self._reported:
+            return
+        self._reported = error
+        with suppress(Exception):  # it may come from the disk that the event would be written to
+            reason = " ".join(str(error).split())[:500]
+            self.run.event("failed", f"{type(error).__name__}: {reason}")
+
     def save_before(self, error: Exception) -> None:
-        """Saves what is finished, or says in one line why that cannot be."""
+        """Records the error, and saves what is finished or says in one line why that cannot be."""
+        self._report(error)
         run, saving = self.run, self.saving
         # Of several processes only one may have met it, and all must take part in saving.
         if run.world.size > 1 or run.files.checkpoints is None:

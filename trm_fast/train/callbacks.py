@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -26,7 +27,14 @@ class Callback:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        hooks = [name for name in vars(Callback) if name.startswith("on_")]
         for name, hook in [*vars(cls).items()]:
+            alike = get_close_matches(name, hooks, 1, 0.8) if name.startswith("on") else []
+            if alike and name not in hooks:
+                raise TypeError(
+                    f"{cls.__name__}: {name} must be a hook of Callback, or be called otherwise; "
+                    f"did you mean {alike[0]}?"
+                )
             if name.startswith("on_") and _leaves_out(hook, getattr(Callback, name, None)):
                 setattr(cls, name, _with_run_alone(hook))
 
@@ -109,10 +117,14 @@ def by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     """Returns callbacks by their names.
 
     Raises:
+        TypeError: one is no ``Callback``.
         ValueError: two have the same.
     """
     found: dict[str, Callback] = {}
     for callback in callbacks:
+        if not isinstance(callback, Callback):
+            got = getattr(callback, "__name__", type(callback).__name__)
+            raise TypeError(f"Trainer: callbacks must be objects of class Callback; got {got}")
         name = callback.name or type(callback).__name__
         if name in found:
             kinds = f"{type(found[name]).__name__} and {type(callback).__name__}"

@@ -304,7 +304,10 @@ def test_the_command_trains_resumes_and_refuses_other_settings(tmp_path, capsys)
     assert "--out must be a run of maze to resume; got one of sudoku" in capsys.readouterr().err
     (out / "run.json").write_text("{}")
     assert main(["train", "sudoku", "--out", str(out), "--resume"]) == 2
-    assert "--out must be a run of sudoku to resume; got one of None" in capsys.readouterr().err
+    assert (
+        "--out must be a run of sudoku to resume; got one that no recipe has made"
+        in capsys.readouterr().err
+    )
     for name in ("run.json", "config.json"):
         kept = (out / name).read_bytes()
         (out / name).unlink()

@@ -376,9 +376,12 @@ def _require_finite(tensors: Mapping[str, Mapping[str, Tensor]], infinite: Colle
             if not may_be and not _finite(tensor):
                 wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
                 count = int((~torch.isfinite(wide)).sum())
+                required = "finite"
+                if part == "model" and name in infinite:
+                    required, count = "without NaN", int(wide.isnan().sum())
                 raise ValueError(
-                    f"checkpoint: {part}.{name} must be finite; got NaN or infinity in {count} of "
-                    f"{tensor.numel()} elements"
+                    f"checkpoint: {part}.{name} must be {required}; got NaN or infinity in {count} "
+                    f"of {tensor.numel()} elements"
                 )
 
 

@@ -31,7 +31,7 @@ _NOT_METRICS = ("kind", "step", "seconds", "count", "lr", "steps_per_second")
 _SHARES = ("exact_accuracy", "validation_accuracy", "accuracy")
 _LOSSES = ("lm_loss", "validation_loss", "loss")
 # Events that say whether a run goes on.
-_TURNS = ("started", "resumed", "interrupted", "stopped")
+_TURNS = ("started", "resumed", "interrupted", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _state(
     last = turns[-1]["event"] if turns else ""
     if last == "interrupted":
         return "interrupted", turns[-1]["message"]
-    if last == "stopped":
+    if last in ("stopped", "failed"):
         return "stopped", turns[-1]["message"]
     if step == 0:
         return "empty", "nothing is recorded yet"
