@@ -13,7 +13,6 @@ with 1 if there is any. Mutations are drawn from the seed and the number of the 
 import argparse
 import os
 import random
-import resource
 import signal
 import sys
 import tempfile
@@ -147,7 +146,9 @@ def _watched(reader: Reader, folder: Path, size: int) -> str:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    # getrusage would also count what the process had before it became a Python.
+    status = Path("/proc/self/status").read_bytes().partition(b"VmHWM:")[2]
+    return int(status.split(None, 1)[0]) << 10
 
 
 def _traced(reader: Reader, folder: Path, size: int) -> str:

@@ -78,7 +78,7 @@ def test_memory_beyond_the_multiple_is_counted(tmp_path, monkeypatch, traced):
     sizes = iter((0, 80, 64, 70))  # of these, each is given back to the system
     reading(monkeypatch, lambda folder: b"x" * (next(sizes) << 20))
     found = fuzz("npy", range(3), 0, tmp_path, traced)
-    assert all(said.startswith("!") and " MB for files of " in said for said in found)
+    assert all(said.startswith("!") and " MB for files of " in said for said in found), found
 
 
 def test_an_input_that_ends_the_process_is_counted_and_passed():
