@@ -33,7 +33,8 @@ CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 # The compile step finds ninja there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test quick test-long sanitize test-oldest install-oldest installed on-oldest bench lint build lock audit clean
+.PHONY: help demo test quick test-long sanitize test-oldest test-newest install-oldest install-newest
+.PHONY: installed on-another bench lint build lock audit clean
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## \(.*\)/\1 \2/p' Makefile | while read name text; do \
 		printf '%-14s %s\n' "$$name" "$$text"; done
@@ -57,18 +58,25 @@ test-long: build ## run the rest: a wheel from scratch, every GPU, the other hal
 sanitize: build ## run native code under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 	$(BIN)/python -m tests.sanitize
 
-# The oldest torch of pyproject.toml, with the Triton that belongs to it, whose interpreter takes no
-# later NumPy. One build of the libraries serves every torch.
+# The oldest torch of pyproject.toml and the newest that was tried, each with its own Triton; the
+# interpreter of the old one takes no later NumPy. One build of the libraries serves every torch.
 OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRITON=triton==3.6.0 MORE='"numpy<2.3"'
+NEWEST := VENV=.venv-newest TORCH=torch==2.14.1 TRITON=triton==3.8.0
 test-oldest: build ## run what compiles, and one case of each other test, on the oldest torch
-	$(MAKE) $(OLDEST) on-oldest
+	$(MAKE) $(OLDEST) on-another
+
+test-newest: build ## the same on the newest torch
+	$(MAKE) $(NEWEST) on-another
 
 install-oldest: ## install the oldest torch: several GB where there are CUDA builds of it alone
 	$(MAKE) $(OLDEST) installed
 
+install-newest: ## install the newest torch, likewise
+	$(MAKE) $(NEWEST) installed
+
 installed: $(INSTALLED)
 
-on-oldest: $(INSTALLED)
+on-another: $(INSTALLED)
 	$(PYTEST) -m "compile and not long"
 	$(PYTEST) --quick
 
