@@ -15,7 +15,7 @@ _DECIMAL = re.compile(_FLOAT)
 _LIKE_NUMBER = re.compile(r"[-+.]*\d")
 _BETWEEN = re.compile(r"[\[\](),\s]+")  # the values of a list
 _PLAIN = {  # what words without quotes are, by the first letters that they may have
-    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
     "int": (_INT, [*"-+0123456789"]),
     "float": (rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", [*"-+.0123456789"]),
