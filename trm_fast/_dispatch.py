@@ -24,7 +24,7 @@ from trm_fast import _native
 from trm_fast._autograd import is_transformed
 from trm_fast._compiler import constant_result
 from trm_fast._errors import BackendError
-from trm_fast._slow_paths import SlowPaths, report, strict_in_environment
+from trm_fast._slow_paths import SlowPaths, report, strict_in_environment, watched
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -360,7 +360,7 @@ def note_fallback(op: str, device_type: str, dtype: torch.dtype, instead: str, r
 @contextmanager
 def slow_paths() -> Iterator[SlowPaths]:
     """Watches for a while which slow paths calls take, also those that were reported before."""
-    with SlowPaths() as found:
+    with watched() as found:
         for op in OPS.values():
             op.forget_slow()
         yield found

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from trm_fast._errors import BackendError
 
@@ -21,23 +20,11 @@ class SlowPathWarning(UserWarning):
 
 
 class SlowPaths:
-    """The slow paths that calls of this process take while this is entered."""
+    """The slow paths that calls of this process take within ``watched``."""
 
     def __init__(self) -> None:
         self._reported: set[_Way] = set()
         self._found: dict[_Way, dict[str, str]] = {}
-
-    def __enter__(self) -> "SlowPaths":
-        _watching.append(self)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _watching.remove(self)
 
     def note(self, op: str, instead: str, reason: str, slower: str) -> None:
         """Keeps what ``report`` is given."""
@@ -52,6 +39,17 @@ class SlowPaths:
         found, self._found = self._found, {}
         self._reported.update(found)
         return [_line(instead, reason, ops) for (instead, reason), ops in found.items()]
+
+
+@contextmanager
+def watched() -> Iterator[SlowPaths]:
+    """Yields what is filled with the slow paths that are taken within."""
+    found = SlowPaths()
+    _watching.append(found)
+    try:
+        yield found
+    finally:
+        _watching.remove(found)
 
 
 def strict_in_environment() -> bool:

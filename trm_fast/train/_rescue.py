@@ -35,6 +35,8 @@ class Rescue:
 
     def begin_step(self) -> None:
         """Notes what the next step draws from; nothing of it has been drawn yet."""
+        if not self._can_save:
+            return
         stages = self.run.curriculum
         states = [generator.get_state() for generator in self._generators]
         self._before = states, stages.sources.mark(stages.index)
@@ -65,8 +67,7 @@ class Rescue:
         """Records the error, and saves what is finished or says in one line why that cannot be."""
         self._report(error)
         run, saving = self.run, self.saving
-        # Of several processes only one may have met it, and all must take part in saving.
-        if run.world.size > 1 or run.files.checkpoints is None:
+        if not self._can_save:
             return
         # One that stops a run for its steps has saved before.
         if isinstance(error, NonFiniteError) or saving.is_done or run.step == run.extra.count == 0:
@@ -83,6 +84,11 @@ class Rescue:
         except Exception as reason:
             if not saving.is_done:
                 self._say(" ".join(str(reason).split()) or type(reason).__name__)
+
+    @property
+    def _can_save(self) -> bool:
+        # Of several processes only one may have met an error, and all must take part in saving.
+        return self.run.world.size == 1 and self.run.files.checkpoints is not None
 
     def _give_back(self) -> None:
         if self._before is None:
